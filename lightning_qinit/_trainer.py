@@ -1,0 +1,136 @@
+"""Every private Lightning name that the package touches (checked against Lightning 2.4 to 2.6)."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.connectors.data_connector import (
+    _parse_num_batches,
+    _process_dataloader,
+    _request_dataloader,
+    _resolve_overfit_batches,
+)
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.data import has_len_all_ranks
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch.utils.data import DataLoader, IterableDataset
+
+
+@contextmanager
+def isolate_rng() -> Iterator[None]:
+    """Put the global random states back afterwards, also after an exception (Lightning's own does not then)."""
+    states = _collect_rng_states()
+    try:
+        yield
+    finally:
+        _set_rng_states(states)
+
+
+def callbacks(trainer: Trainer) -> list[Any]:
+    """The trainer's callbacks, in calling order."""
+    return list(vars(trainer)["callbacks"])
+
+
+def is_stream(trainer: Trainer) -> bool:
+    """Whether the training data can be read only once: reading ahead would take it away from training."""
+    loaders = CombinedLoader(trainer.fit_loop._data_source.instance).flattened
+    for loader in [] if trainer.fit_loop._data_source.is_module() else loaders:
+        data = loader.dataset if isinstance(loader, DataLoader) else loader
+        if (not isinstance(loader, DataLoader) or isinstance(data, IterableDataset)) and iter(data) is data:
+            return True
+    return False
+
+
+@contextmanager
+def training_batches(trainer: Trainer, most: int) -> Iterator[Iterator[Any]]:
+    """The first ``most`` batches that training is going to see, on its device.
+
+    Asks the data source for a loader of its own and prepares it as the fit loop does (samplers, limits), so the
+    loop's own state is untouched; generators that the loaders hold are put back. Use inside :func:`isolate_rng`.
+    """
+    loop, strategy, module = trainer.fit_loop, trainer.strategy, trainer.lightning_module
+    if trainer.limit_train_batches == 0:
+        yield iter(())
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the fit loop gives its advice on loaders itself, a moment later
+        loader = _request_dataloader(loop._data_source)
+        strategy.barrier("train_dataloader()")
+        combined = loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")
+        given = list(combined.flattened)
+        if getattr(trainer, "overfit_batches", 0) > 0:
+            _resolve_overfit_batches(combined, mode=RunningStage.TRAINING)
+        combined.flattened = [
+            _process_dataloader(trainer, TrainerFn.FITTING, RunningStage.TRAINING, part) for part in combined.flattened
+        ]
+        may_be_empty = module.allow_zero_length_dataloader_with_multiple_devices
+        lengths = [
+            len(part) if has_len_all_ranks(part, strategy, may_be_empty) else float("inf")
+            for part in combined.flattened
+        ]
+        limit = trainer.limit_train_batches
+        combined.limits = [_parse_num_batches(RunningStage.TRAINING, length, limit) for length in lengths]
+    generators = {id(g): g for part in combined.flattened + given for g in _generators(part)}
+    states = [(g, g.get_state()) for g in generators.values()]
+    try:
+        yield (_to_device(trainer, batch) for batch, _, _ in islice(iter(combined), most))
+    finally:
+        combined.reset()
+        combined.flattened = given
+        for generator, state in states:
+            generator.set_state(state)
+
+
+def _generators(loader: Any) -> Iterator[torch.Generator]:
+    sampler = getattr(loader, "sampler", None)
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    for holder in (loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None)):
+        if isinstance(generator := getattr(holder, "generator", None), torch.Generator):
+            yield generator
+
+
+def _to_device(trainer: Trainer, batch: Any) -> Any:
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def run_step(trainer: Trainer, batch: Any, batch_idx: int) -> None:
+    """Call the module's ``training_step`` the way the loop does: through the strategy's wrapper and precision."""
+    arguments = {"batch": batch}
+    if is_param_in_hook_signature(trainer.lightning_module.training_step, "batch_idx", min_args=2):
+        arguments["batch_idx"] = batch_idx
+    trainer.strategy.training_step(*arguments.values())
+
+
+def pulls_batches_itself(module: LightningModule) -> bool:
+    """Whether ``training_step`` takes the iterator of the loader instead of a batch."""
+    return is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True)
+
+
+def restores_late(trainer: Trainer) -> bool:
+    """Whether the strategy loads checkpoints after ``on_fit_start`` (FSDP, DeepSpeed, ModelParallel)."""
+    return trainer.strategy.restore_checkpoint_after_setup
+
+
+def is_logging_step(trainer: Trainer) -> bool:
+    """Whether the loggers get values for the batch being trained: each ``log_every_n_steps`` optimizer steps."""
+    if trainer.fit_loop.epoch_loop._should_accumulate():
+        return False
+    return trainer._logger_connector.should_update_logs
+
+
+def is_logging_batch(trainer: Trainer) -> bool:
+    """Whether the batch being trained is part of a logging step, gradient accumulation included."""
+    return trainer._logger_connector.should_update_logs
+
+
+def logging_step(trainer: Trainer) -> int:
+    """The step axis of Lightning's own logs, which counts batches that stepped."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped

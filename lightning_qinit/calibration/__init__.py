@@ -1,0 +1,8 @@
+"""Calibration: batches become one mergeable sketch per tensor, and sketches become steps."""
+
+from lightning_qinit.calibration.initialize import Start as Start
+from lightning_qinit.calibration.initialize import check_weights as check_weights
+from lightning_qinit.calibration.initialize import plan as plan
+from lightning_qinit.calibration.observe import Observation as Observation
+from lightning_qinit.calibration.observe import observe as observe
+from lightning_qinit.calibration.sketch import Sketch as Sketch

@@ -1,0 +1,284 @@
+"""The callback: one short method per hook, in the order in which Lightning calls them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from tqdm.auto import tqdm
+from typing_extensions import override
+
+from lightning_qinit import _trainer
+from lightning_qinit.calibration import Observation, check_weights, plan
+from lightning_qinit.calibration.run import observe_batch, observe_training
+from lightning_qinit.config import LayerConfig, QuantConfig, plain, shorten
+from lightning_qinit.initializers import Initializer
+from lightning_qinit.insertion import QuantizedLayer, adopt_steps, float_parameters, insert, quantized_layers
+from lightning_qinit.monitoring import (
+    AGGREGATES,
+    Monitor,
+    ReportRow,
+    aggregates,
+    format_report,
+    make_row,
+    named_quantizers,
+)
+from lightning_qinit.quantizers import Quantizer
+
+
+class QuantInitCallback(Callback):
+    """Quantization-aware training whose steps start where the quantization error is least.
+
+    Inserts quantizers into the layers of any LightningModule when a stage is set up, calibrates them on a few
+    training batches when ``fit`` starts, and logs each quantizer's step and error while training::
+
+        trainer = Trainer(callbacks=[QuantInitCallback(weight_bits=4, activation_bits=4)])
+
+    Until they are calibrated, quantizers are the identity. Calibration runs ``training_step`` (or
+    ``calibration_step(batch, batch_idx)``, if the module defines it) without gradients, in eval mode and without a
+    trace: weights, buffers, metrics, random states, loggers and the order of batches are as if it had not run. A
+    run that resumes from a checkpoint with calibrated quantizers is not calibrated again.
+
+    Args:
+        weight_bits: 1 to 8, or ``None`` to leave weights in float.
+        activation_bits: 1 to 8, or ``None`` to leave the inputs of layers in float. Inputs that are never negative
+            during calibration get unsigned levels.
+        quantizer: ``"lsq"``, a ``Quantizer`` subclass, or its import path.
+        initializer: ``"optimal"`` (least squared error, exactly), ``"lsq"`` (mean absolute value), ``"minmax"``,
+            a function ``(sample, levels) -> step``, or its import path.
+        per_channel: one step per output channel of a weight, or one per weight. Inputs have one step.
+        first_last_bits: bits of the weight and the input of the first and the last layer to run; ``None`` to treat
+            them as any other.
+        calibration_batches: how many training batches calibration reads, over all ranks together.
+        skip: glob patterns of layer names to leave in float, such as ``"encoder.*"``.
+        overrides: glob patterns of layer names to settings that differ there: any of ``weight_bits``,
+            ``activation_bits``, ``quantizer``, ``initializer``, ``per_channel`` and ``first_last_bits``. Of several
+            patterns that match, later ones win.
+        log_quantizers: whether to log steps and errors every ``log_every_n_steps``.
+        print_report: whether to print the table of steps and errors after calibration.
+
+    Attributes:
+        report: the rows of that table; empty before calibration and in a resumed run.
+
+    Raises:
+        ValueError: if an argument is out of range.
+        MisconfigurationException: when a stage is set up, if the module has nothing to quantize, a pattern matches
+            no layer, or there are two of these callbacks.
+    """
+
+    def __init__(
+        self,
+        weight_bits: int | None = 4,
+        activation_bits: int | None = 4,
+        quantizer: str | type[Quantizer] = "lsq",
+        initializer: str | Initializer = "optimal",
+        per_channel: bool = True,
+        first_last_bits: int | None = 8,
+        calibration_batches: int = 16,
+        skip: Sequence[str] = (),
+        overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        log_quantizers: bool = True,
+        print_report: bool = True,
+    ) -> None:
+        if isinstance(calibration_batches, bool) or not isinstance(calibration_batches, int) or calibration_batches < 1:
+            raise ValueError(
+                f"`calibration_batches` must be a whole number of at least 1, got {calibration_batches!r}."
+            )
+        default = LayerConfig(
+            weight_bits=weight_bits,
+            activation_bits=activation_bits,
+            quantizer=quantizer,
+            initializer=initializer,
+            per_channel=per_channel,
+            first_last_bits=first_last_bits,
+        )
+        self.config = QuantConfig(default, skip=skip, overrides=overrides or {})
+        self.calibration_batches = calibration_batches
+        self.log_quantizers = log_quantizers
+        self.print_report = print_report
+        self.report: list[ReportRow] = []
+        self._monitor: Monitor | None = None
+        self._calibrates = False  # has still to calibrate in this fit
+        self._waits_for_batch = False  # has still to calibrate, on the first batch that training sees
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Insert, in every stage: the optimizer, the strategy and checkpoints must see the quantizers."""
+        if sum(isinstance(callback, QuantInitCallback) for callback in _trainer.callbacks(trainer)) > 1:
+            raise MisconfigurationException(
+                "The Trainer has two `QuantInitCallback`s; use one, with `overrides` for layers that differ."
+            )
+        self._calibrates = stage == "fit"
+        builds_late = any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model"))
+        self._insert(pl_module, complete=not builds_late)
+        if not builds_late:
+            return
+        configure_model = pl_module.configure_model
+
+        def configure_model_then_insert() -> None:
+            # once is enough, and a copy of the module must not carry a function of the original
+            vars(pl_module).pop("configure_model", None)
+            configure_model()
+            self._insert(pl_module)
+
+        # layers built in the module's own `setup` or `configure_model` do not exist yet
+        vars(pl_module)["configure_model"] = configure_model_then_insert
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the optimizers and calibrate: the module is on its device, and a checkpoint has been loaded."""
+        untrained = adopt_steps(quantized_layers(pl_module), trainer.optimizers)
+        if _trainer.restores_late(trainer):
+            return
+        if untrained:
+            rank_zero_warn(
+                f"No optimizer trains {shorten(untrained)}, so the steps of these layers stay as calibrated."
+            )
+        self._calibrate(trainer, pl_module)
+
+    @override
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Calibrate, if the strategy has only now loaded the checkpoint."""
+        self._calibrate(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Calibrate, if there was no sanity check; prepare logging."""
+        self._calibrate(trainer, pl_module)
+        self._monitor = Monitor(quantized_layers(pl_module)) if self.log_quantizers else None
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Measure the batches of a logging step. Calibrate here on data that cannot be read ahead."""
+        if self._waits_for_batch:
+            self._waits_for_batch = False
+            layers = quantized_layers(pl_module)
+            self._start(trainer, pl_module, layers, observe_batch(trainer, pl_module, layers, batch))
+        if self._monitor is not None and _trainer.is_logging_batch(trainer):
+            self._monitor.open()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log what was measured."""
+        if self._monitor is None or not _trainer.is_logging_step(trainer):
+            return
+        values = self._monitor.close(lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum"))
+        self._publish(trainer, values)
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=_trainer.logging_step(trainer))
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if the numbers are those of the float module."""
+        if trainer.state.fn != "fit":
+            self._warn_if_float(pl_module)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if the numbers are those of the float module."""
+        self._warn_if_float(pl_module)
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if the numbers are those of the float module."""
+        self._warn_if_float(pl_module)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave no hook behind; the quantizers stay."""
+        vars(pl_module).pop("configure_model", None)
+        self._monitor = None
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """The settings, as plain types."""
+        return plain(self.config)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a checkpoint whose quantizers were set up differently."""
+        differences = [
+            f"{key}: {state_dict[key]!r} in the checkpoint, {value!r} in the callback"
+            for key, value in plain(self.config).items()
+            if key != "initializer" and key in state_dict and state_dict[key] != value
+        ]
+        if differences:
+            raise MisconfigurationException(
+                "The checkpoint was trained with other quantization settings: " + "; ".join(differences) + "."
+            )
+
+    def _insert(self, pl_module: LightningModule, complete: bool = True) -> None:
+        try:
+            insert(pl_module, self.config, complete)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
+
+    def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._calibrates:
+            return
+        self._calibrates = False
+        layers = quantized_layers(pl_module)
+        if any(quantizer.is_calibrated for layer in layers.values() for quantizer in layer.quantizers().values()):
+            return  # resumed, or fitted before
+        check_weights(layers)
+        if _trainer.is_stream(trainer):
+            self._waits_for_batch = True
+            return
+        observation = observe_training(trainer, pl_module, layers, self.calibration_batches)
+        self._start(trainer, pl_module, layers, observation)
+
+    def _start(
+        self, trainer: Trainer, pl_module: LightningModule, layers: dict[str, QuantizedLayer], observation: Observation
+    ) -> None:
+        """Choose all steps, set them, and report."""
+        if not observation.first_run:
+            rank_zero_warn("Calibration saw no training batch, so nothing is quantized.")
+            return
+        starts = plan(layers, observation)
+        if trainer.world_size > 1:  # the same already but for rounding; exactly the same from here on
+            steps = trainer.strategy.broadcast([start.step.cpu() for start in starts])
+            starts = [replace(start, step=step) for start, step in zip(starts, steps, strict=True)]
+        for start in starts:
+            start.apply()
+        self.report = [make_row(start) for start in starts]
+        self._publish(trainer, aggregates([row.error for row in self.report]))
+        nonfinite = [name for name, sketch in observation.inputs.items() if sketch.nonfinite]
+        if nonfinite:
+            rank_zero_warn(
+                f"Calibration met NaN or infinite values in the input of {shorten(nonfinite)}; they were left out."
+            )
+        self._show(trainer, pl_module, layers)
+
+    def _show(self, trainer: Trainer, pl_module: LightningModule, layers: dict[str, QuantizedLayer]) -> None:
+        started = {row.name for row in self.report}
+        unseen = [name for name, q in named_quantizers(layers).items() if name not in started]
+        if unseen:
+            rank_zero_warn(f"Calibration saw no data for {shorten(unseen)}, which stay in float.")
+        text = format_report(self.report, unseen, float_parameters(pl_module))
+        if self.print_report and trainer.is_global_zero:
+            tqdm.write(text)  # leaves an open progress bar in one piece
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                indented = "\n".join("    " + line for line in text.splitlines())  # a code block in Markdown
+                logger.experiment.add_text("quantization", indented, 0)
+
+    def _publish(self, trainer: Trainer, values: dict[str, float]) -> None:
+        """Let other callbacks monitor the aggregates."""
+        trainer.callback_metrics.update(
+            {name: torch.tensor(value) for name, value in values.items() if name in AGGREGATES}
+        )
+
+    def _warn_if_float(self, pl_module: LightningModule) -> None:
+        quantizers = named_quantizers(quantized_layers(pl_module))
+        if not any(quantizer.is_calibrated for quantizer in quantizers.values()):
+            rank_zero_warn(
+                "No quantizer is calibrated, so these are the numbers of the float module: run `fit` first, or load a "
+                "checkpoint of a quantized one."
+            )

@@ -1,0 +1,43 @@
+"""Fake quantization: rounding to the nearest level, in floating point."""
+
+import torch
+from torch import Tensor
+
+from lightning_qinit.functional.levels import check_levels, thresholds
+
+
+def broadcast_channels(values: Tensor, x: Tensor, channel_axis: int | None) -> Tensor:
+    """Shape one value per channel, ``(channels,)`` or ``(1,)``, so that it broadcasts against ``x``."""
+    if channel_axis is None or values.numel() == 1:
+        return values.reshape(())
+    shape = [1] * x.dim()
+    shape[channel_axis] = -1
+    return values.reshape(shape)
+
+
+def fake_quantize(x: Tensor, scale: Tensor | float, levels: Tensor, channel_axis: int | None = None) -> Tensor:
+    """Round every value to the nearest of the points ``scale * levels``; values beyond them are clipped.
+
+    A value halfway between two levels goes to the even one where the levels are consecutive integers (as
+    ``torch.round`` and torch's own fake quantization do), else to the upper one. There is no gradient trick
+    here: quantizers that train are in ``lightning_qinit.quantizers``.
+
+    Args:
+        x: any real floating-point tensor; the result has its shape and dtype.
+        scale: the step, positive: a number, or one per channel of shape ``(channels,)``.
+        levels: the level values at step 1, 1-D and strictly increasing.
+        channel_axis: the axis of ``x`` along which ``scale`` runs; ``None`` for one step.
+
+    Example:
+        >>> from lightning_qinit.functional import fake_quantize, uniform_levels
+        >>> fake_quantize(torch.tensor([-9.0, 0.2, 0.3, 2.6]), 0.5, uniform_levels(bits=3, signed=True))
+        tensor([-2.0000,  0.0000,  0.5000,  1.5000])
+    """
+    levels = check_levels(levels).to(x.device)
+    scale = broadcast_channels(torch.as_tensor(scale, dtype=torch.float64, device=x.device), x, channel_axis)
+    v = x.to(torch.float64) / scale
+    if bool((levels.diff() == 1).all()) and bool(levels[0] == levels[0].round()):
+        code = v.round().clamp(levels[0], levels[-1])
+    else:
+        code = levels[torch.bucketize(v, thresholds(levels), right=True)]
+    return (code * scale).to(x.dtype)

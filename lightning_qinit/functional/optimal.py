@@ -1,0 +1,132 @@
+"""The step of least squared quantization error, exactly, for any level set."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_qinit.functional.bracket import coarse, fine, gather, nodes_per_row
+from lightning_qinit.functional.levels import check_levels
+from lightning_qinit.functional.sweep import Rows, assign, best_in, outer_bracket, squared_error, total_breakpoints
+
+RESOLUTIONS = (4, 6, 9, 12)  # mantissa bits of the nodes, each bracket narrower than the one before
+ROW_ELEMENTS = 2**18  # rows are taken in groups of about this many values: memory is bounded, caches are used
+
+
+class OptimalScale(NamedTuple):
+    """The result of :func:`optimal_scale`.
+
+    Attributes:
+        scale: float64, 0-d per tensor or ``(channels,)`` per channel: the step of least error.
+        error: float64, same shape: the weighted sum of squared errors at ``scale``.
+        levels: the level set used, 1-D float64.
+        lower: float64, same shape: the optimum was proven to lie in ``[lower, upper]`` before it was solved.
+        upper: float64, same shape.
+    """
+
+    scale: Tensor
+    error: Tensor
+    levels: Tensor
+    lower: Tensor
+    upper: Tensor
+
+
+@torch.no_grad()
+def optimal_scale(
+    x: Tensor, levels: Tensor, channel_axis: int | None = None, weights: Tensor | None = None
+) -> OptimalScale:
+    """The global optimum of ``f(s) = sum_i w_i (x_i - s c_i(s))^2``, with ``s c_i(s)`` the point nearest to ``x_i``.
+
+    As ``s`` falls from infinity, each point moves from level to level at known breakpoints; between them the
+    assignment is fixed and ``f`` is a parabola whose minimum is ``S - A^2/B`` at ``A/B``, ``A = sum w x c``,
+    ``B = sum w c^2``. The least of these over all assignments that the sweep meets is the global minimum of
+    ``f``: reading off the nearest assignment at ``A/B`` can only lower the error, and the best assignment is
+    among those met. One sort of the breakpoints and two cumulative sums find it.
+
+    Where there are many breakpoints (points times levels), the optimum is first enclosed in a bracket, on cells
+    of similar points, and then solved inside it. The bracket is proven to hold the optimum (the bounds are in
+    ``lightning_qinit.functional.bracket``), so the answer is exact for tensors of any size.
+
+    Args:
+        x: any real tensor; computed in float64.
+        levels: the level values at step 1, 1-D and strictly increasing. Usually holds 0; a set without 0 (binary,
+            mid-rise) starts the sweep from the level nearest to 0 on each side.
+        channel_axis: one step per index of this axis, or ``None`` for one step in all.
+        weights: importance of each value, nonnegative and broadcastable to ``x``; ``None`` weighs all alike.
+
+    Returns:
+        An :class:`OptimalScale`. Of equal optima the larger step is taken. Where every step has the same error
+        (all values zero, or no level on their side of zero) the scale is 1.
+
+    Raises:
+        ValueError: if ``x`` or ``weights`` hold NaN or infinite values, ``weights`` negative ones, or ``levels``
+            is not a level set.
+
+    Example:
+        >>> from lightning_qinit.functional import optimal_scale
+        >>> fit = optimal_scale(torch.tensor([-1.0, 1.0, 2.0, 4.0]), torch.tensor([-1.0, 0.0, 1.0]))
+        >>> fit.scale
+        tensor(3., dtype=torch.float64)
+        >>> fit.error
+        tensor(4., dtype=torch.float64)
+    """
+    levels = check_levels(levels).to(x.device)
+    rows = to_rows(x, channel_axis)
+    if not rows.isfinite().all():
+        raise ValueError(f"`x` must be finite, got {int((~rows.isfinite()).sum())} NaN or infinite values.")
+    if weights is None:
+        w = torch.ones((), dtype=torch.float64, device=x.device).expand_as(rows)
+    else:
+        w = to_rows(weights.to(x.device).expand_as(x), channel_axis)
+        if not (w >= 0).all() or not w.isfinite().all():
+            raise ValueError("`weights` must be finite and nonnegative.")
+    fit = solve_rows(rows, w, levels)
+    return fit if channel_axis is not None else OptimalScale(*(v if v is levels else v[0] for v in fit))
+
+
+def solve_rows(x: Tensor, w: Tensor, levels: Tensor) -> OptimalScale:
+    """:func:`optimal_scale` on checked float64 rows: ``x`` and ``w`` are ``(rows, n)``, the result ``(rows,)``."""
+    group = max(1, ROW_ELEMENTS // max(1, x.shape[1]))
+    parts = [_solve(Rows(*part), levels) for part in zip(x.split(group), w.split(group), strict=True)]
+    scale, error, lower, upper = (torch.cat(part) for part in zip(*parts, strict=True))
+    return OptimalScale(scale, error, levels, lower, upper)
+
+
+def to_rows(x: Tensor, channel_axis: int | None) -> Tensor:
+    """``x`` in float64 as ``(channels, values)``, or ``(1, values)`` without a channel axis."""
+    x = x.detach().to(torch.float64)
+    return x.reshape(1, -1) if channel_axis is None else x.movedim(channel_axis, 0).reshape(x.shape[channel_axis], -1)
+
+
+def _solve(rows: Rows, levels: Tensor) -> tuple[Tensor, ...]:
+    """Solve rows of values; returns scale, error, and the bracket, each ``(rows,)``."""
+    x, w = rows
+    if x.numel() == 0:
+        one = x.new_ones(len(x))
+        return one, 0 * one, 0 * one, one / 0
+    exponent = torch.frexp(torch.where(w > 0, x, 0.0).abs().amax(1)).exponent
+    unit = Rows(torch.ldexp(x, -exponent[:, None]), w)  # exact, and keeps every square in range
+    bracket = outer_bracket(unit.x, levels)
+    for mantissa_bits in RESOLUTIONS:
+        if total_breakpoints(unit, levels, bracket).sum() < x.numel() // 2 + len(x) * nodes_per_row(mantissa_bits):
+            break  # solving is cheaper than narrowing
+        nodes = gather(unit, mantissa_bits)
+        if mantissa_bits == RESOLUTIONS[0]:
+            bracket = coarse(nodes, unit, levels, bracket)
+        bracket = fine(nodes, unit, levels, bracket)
+    scale, score = best_in(unit, levels, bracket)
+    scale = _polish(unit, levels, torch.where(score > 0, scale, 1.0))
+    scale = torch.ldexp(scale, torch.where(score > 0, exponent, 0))
+    return scale, squared_error(rows, levels, scale), *(torch.ldexp(end, exponent) for end in bracket)
+
+
+def _polish(rows: Rows, levels: Tensor, scale: Tensor) -> Tensor:
+    """Recompute ``A/B`` at the nearest assignment: the same optimum without the rounding of long sums."""
+    for _ in range(2):
+        a, b = torch.zeros_like(scale), torch.zeros_like(scale)
+        for x, w in rows.chunks():
+            level = levels[assign(x, scale[:, None], levels)]
+            a += (w * x * level).sum(1)
+            b += (w * level.square()).sum(1)
+        scale = torch.where((a > 0) & (b > 0), a / torch.where(b > 0, b, 1.0), scale)
+    return scale

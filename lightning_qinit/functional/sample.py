@@ -1,0 +1,68 @@
+"""The data that a step is chosen for: a tensor, or what calibration kept of many batches."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_qinit.functional.optimal import to_rows
+from lightning_qinit.functional.sweep import Rows, squared_error
+
+
+def float64_device(tensor: Tensor) -> torch.device:
+    """Where to compute in float64: the tensor's own device, or the CPU if it has no float64 (MPS)."""
+    return torch.device("cpu") if tensor.device.type == "mps" else tensor.device
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Weighted values in groups; each group gets one step. Everything is float64.
+
+    Attributes:
+        values: ``(groups, n)``.
+        weights: ``(groups, n)``, how often (or how strongly) each value counts; 0 for padding.
+        minimum: ``(groups,)``, least value of the data.
+        maximum: ``(groups,)``, greatest value of the data.
+    """
+
+    values: Tensor
+    weights: Tensor
+    minimum: Tensor = field(repr=False)
+    maximum: Tensor = field(repr=False)
+
+    @classmethod
+    def of_tensor(cls, x: Tensor, channel_axis: int | None = None) -> "Sample":
+        """The values of a tensor: one group, or one per index of ``channel_axis``."""
+        rows = to_rows(x.detach().to(float64_device(x)), channel_axis)
+        if rows.shape[1]:
+            minimum, maximum = rows.aminmax(dim=1)
+        else:
+            minimum = maximum = rows.new_zeros(len(rows))
+        weights = torch.ones((), dtype=rows.dtype, device=rows.device).expand_as(rows)
+        return cls(rows, weights, minimum, maximum)
+
+    @property
+    def count(self) -> Tensor:
+        """Total weight of each group, ``(groups,)``."""
+        return self.weights.sum(1)
+
+    @property
+    def energy(self) -> Tensor:
+        """Sum of squares of each group's data, ``(groups,)``."""
+        return (self.weights * self.values.square()).sum(1)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Weighted mean over each group of ``values``, ``(groups, n)``; 0 for a group without data."""
+        count = self.count
+        return (self.weights * values).sum(1) / torch.where(count > 0, count, 1.0)
+
+    def error(self, levels: Tensor, scale: Tensor) -> Tensor:
+        """Sum of squared quantization errors of each group at ``scale``, ``(groups,)``."""
+        return squared_error(Rows(self.values, self.weights), levels.to(self.values.device), scale.to(self.values))
+
+    def share_clipped(self, levels: Tensor, scale: Tensor) -> float:
+        """The share of the data, over all groups, that lies beyond the outermost levels by over half a step."""
+        scale = scale.to(self.values)[:, None]
+        over = self.values > scale * (levels[-1] + (levels[-1] - levels[-2]) / 2)
+        under = self.values < scale * (levels[0] - (levels[1] - levels[0]) / 2)
+        return float((self.weights * (over | under)).sum() / self.weights.sum().clamp(min=1))

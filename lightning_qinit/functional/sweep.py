@@ -1,0 +1,195 @@
+"""The error of a quantizer as a function of its step, followed from the largest step to the smallest.
+
+A quantizer with step ``s`` maps ``x`` to the nearest ``s * c``, ``c`` in the level set. As ``s`` falls, a point
+moves on to the next level exactly at the breakpoint ``s = x / t``, ``t`` the threshold between both levels.
+Between breakpoints the assignment of points to levels is fixed and the squared error is
+
+    f(s) = S - 2 s A + s^2 B,    S = sum w x^2,  A = sum w x c,  B = sum w c^2.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_qinit.functional.levels import thresholds
+
+# Breakpoints sorted at a time: enough to keep vector units busy, few enough to stay in the cache.
+MAX_BREAKPOINTS = 2**19
+CHUNK = 2**18
+TIE = 1 - 1e-14  # scores closer than this are equal but for rounding, and the larger step is taken
+
+
+class Rows(NamedTuple):
+    """Values and their weights, ``(rows, n)`` in float64; each row has a step of its own."""
+
+    x: Tensor
+    w: Tensor
+
+    def chunks(self) -> "list[Rows]":
+        """Parts along the values, small enough to stay in the cache while something is summed over them."""
+        size = max(1, CHUNK // len(self.x))
+        return [Rows(*part) for part in zip(self.x.split(size, dim=1), self.w.split(size, dim=1), strict=True)]
+
+
+class Bracket(NamedTuple):
+    """An interval of steps for every row, ``(rows,)`` each."""
+
+    lower: Tensor
+    upper: Tensor
+
+
+class Pieces(NamedTuple):
+    """The pieces of ``f`` inside a bracket, from the largest step down; each tensor is ``(rows, pieces)``."""
+
+    lower: Tensor
+    upper: Tensor
+    a: Tensor
+    b: Tensor
+
+    def minima(self, energy: Tensor) -> tuple[Tensor, Tensor]:
+        """Where each piece is least, and its error there; ``energy`` is ``S``, ``(rows,)``."""
+        step = torch.where(self.b > 0, self.a / self.b, self.upper).clamp(self.lower, self.upper)
+        return step, (energy[:, None] - 2 * step * self.a + step.square() * self.b).clamp(min=0)
+
+
+def assign(x: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
+    """Index of the level nearest to ``x / scale``; ``scale`` is ``(rows, 1)``."""
+    return torch.bucketize(x / scale, thresholds(levels), right=True)
+
+
+def squared_error(rows: Rows, levels: Tensor, scale: Tensor) -> Tensor:
+    """``f(scale)`` of every row; ``scale`` and the result are ``(rows,)``."""
+    scale = scale[:, None]
+    total = torch.zeros_like(scale[:, 0])
+    for x, w in rows.chunks():
+        total += (w * (x - scale * levels[assign(x, scale, levels)]).square()).sum(1)
+    return total
+
+
+def outer_bracket(x: Tensor, levels: Tensor) -> Bracket:
+    """Steps below and above every breakpoint of a row."""
+    t = thresholds(levels).abs()
+    t = t[t > 0]
+    if not len(t):  # the levels {-c, +c}: no point ever moves
+        return Bracket(torch.ones_like(x[:, 0]), torch.full_like(x[:, 0], 2.0))
+    size = x.abs()
+    smallest = torch.where(size > 0, size, torch.inf).amin(1)
+    smallest = torch.where(smallest.isfinite(), smallest, 1.0)
+    largest = torch.where(size.amax(1) > 0, size.amax(1), 1.0)
+    return Bracket(smallest / t.max() / 2, largest / t.min() * 2)
+
+
+def count_breakpoints(rows: Rows, levels: Tensor, bracket: Bracket) -> tuple[Tensor, Tensor]:
+    """The level index of each point at the upper end, and its breakpoints inside the bracket (signed)."""
+    start = assign(rows.x, bracket.upper[:, None], levels)
+    moves = assign(rows.x, bracket.lower[:, None], levels) - start
+    return start, torch.where(rows.w > 0, moves, 0)
+
+
+def total_breakpoints(rows: Rows, levels: Tensor, bracket: Bracket) -> Tensor:
+    """The number of breakpoints of each row inside the bracket."""
+    total = torch.zeros(len(rows.x), dtype=torch.int64, device=rows.x.device)
+    for part in rows.chunks():
+        total += count_breakpoints(part, levels, bracket)[1].abs().sum(1)
+    return total
+
+
+def sweep(rows: Rows, levels: Tensor, bracket: Bracket) -> Pieces:
+    """Follow ``f`` down the bracket: one sort and two cumulative sums."""
+    start, moves = count_breakpoints(rows, levels, bracket)
+    counts = moves.abs()
+    total = counts.sum(1)
+    width = int(total.max())
+    point = torch.repeat_interleave(counts.flatten())  # the point that each breakpoint belongs to
+    nth = torch.arange(len(point), device=point.device) - (counts.flatten().cumsum(0) - counts.flatten())[point]
+    upwards = moves.flatten()[point] > 0
+    old = start.flatten()[point] + torch.where(upwards, nth, -nth)
+    new = old + torch.where(upwards, 1, -1)
+    value, weight = rows.x.flatten()[point], rows.w.flatten()[point]
+    at = value / thresholds(levels)[torch.minimum(old, new)]
+    delta = torch.stack((value * (levels[new] - levels[old]), levels[new].square() - levels[old].square())) * weight
+
+    if len(rows.x) > 1:  # one line per row; shorter ones are padded at the end
+        row = point // rows.x.shape[1]
+        place = row * width + torch.arange(len(point), device=point.device) - (total.cumsum(0) - total)[row]
+        at = at.new_full((len(total) * width,), -torch.inf).index_copy_(0, place, at)
+        delta = delta.new_zeros((2, len(total) * width)).index_copy_(1, place, delta)
+    at, order = at.view(len(total), width).sort(dim=1, descending=True)
+    at = at.clamp(bracket.lower[:, None], bracket.upper[:, None])
+
+    level = levels[start]
+    initial = torch.stack(((rows.w * rows.x * level).sum(1), (rows.w * level.square()).sum(1)))
+    delta = delta.view(2, len(total), width).gather(2, order.expand(2, -1, -1))
+    a, b = torch.cat((initial[:, :, None], delta), dim=2).cumsum(2)
+    return Pieces(
+        lower=torch.cat((at, bracket.lower[:, None]), dim=1),
+        upper=torch.cat((bracket.upper[:, None], at), dim=1),
+        a=a,
+        b=b,
+    )
+
+
+def condense(row: Rows, levels: Tensor, bracket: Bracket) -> Rows:
+    """One row with the same ``A`` and ``B`` inside the bracket, and far fewer points.
+
+    Points without a breakpoint in the bracket keep their level, so all of one level act as their sum at their
+    mean. Equal values act as one. (``S`` changes by a constant.)
+    """
+    total = torch.zeros((2, len(levels)), dtype=torch.float64, device=levels.device)
+    moving = []
+    for part in row.chunks():
+        start, moves = count_breakpoints(part, levels, bracket)
+        x, w, still = part.x[0], part.w[0], moves[0] == 0
+        weight = torch.where(still, w, 0.0)
+        total[0] += torch.bincount(start[0], weight, len(levels))
+        total[1] += torch.bincount(start[0], weight * x, len(levels))
+        values, index = x[~still].unique(return_inverse=True)
+        moving.append((values, torch.bincount(index, w[~still], len(values))))
+    values, index = torch.cat([x for x, _ in moving]).unique(return_inverse=True)
+    mass = torch.bincount(index, torch.cat([w for _, w in moving]), len(values))
+    used = total[0] > 0
+    still_x, still_w = total[1][used] / total[0][used], total[0][used]
+    return Rows(torch.cat((still_x, values))[None], torch.cat((still_w, mass))[None])
+
+
+def in_parts(
+    solve: Callable[[Rows, Bracket, slice], tuple[Tensor, ...]],
+    rows: Rows,
+    levels: Tensor,
+    bracket: Bracket,
+) -> tuple[Tensor, ...]:
+    """Call ``solve`` on groups of rows with about ``MAX_BREAKPOINTS`` breakpoints each, and join its results."""
+    most = max(1, int(total_breakpoints(rows, levels, bracket).max()))
+    group = max(1, MAX_BREAKPOINTS // most)
+    parts = []
+    for first in range(0, len(rows.x), group):
+        index = slice(first, first + group)
+        part = Bracket(bracket.lower[index], bracket.upper[index])
+        parts.append(solve(Rows(rows.x[index], rows.w[index]), part, index))
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def best_in(rows: Rows, levels: Tensor, bracket: Bracket) -> tuple[Tensor, ...]:
+    """The best assignment met inside a bracket: its step ``A / B`` and ``A^2 / B`` of every row.
+
+    ``S - A^2/B`` is the least error of that assignment; the first of equals wins, which is the larger step.
+    """
+    return in_parts(lambda rows, bracket, _: _best(rows, levels, bracket), rows, levels, bracket)
+
+
+def _best(rows: Rows, levels: Tensor, bracket: Bracket) -> tuple[Tensor, Tensor]:
+    if len(rows.x) == 1:
+        rows = condense(rows, levels, bracket)
+        _, moves = count_breakpoints(rows, levels, bracket)
+        if int(moves.abs().sum()) > 4 * MAX_BREAKPOINTS:  # one huge row: halve the bracket, so memory is bounded
+            middle = (bracket.lower * bracket.upper).sqrt()
+            if bool((bracket.lower < middle) & (middle < bracket.upper)):
+                high = _best(rows, levels, Bracket(middle, bracket.upper))
+                low = _best(rows, levels, Bracket(bracket.lower, middle))
+                return low if bool(low[1] * TIE > high[1]) else high
+    pieces = sweep(rows, levels, bracket)
+    score = torch.where((pieces.a > 0) & (pieces.b > 0), pieces.a.square() / pieces.b, 0.0)
+    index = (score >= score.amax(1, keepdim=True) * TIE).int().argmax(1, keepdim=True)
+    return (pieces.a.gather(1, index) / pieces.b.gather(1, index))[:, 0], score.gather(1, index)[:, 0]

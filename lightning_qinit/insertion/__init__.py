@@ -1,0 +1,9 @@
+"""Insertion: which layers, and how a layer becomes a quantized layer and back."""
+
+from lightning_qinit.insertion.adopt import adopt_steps as adopt_steps
+from lightning_qinit.insertion.insert import float_parameters as float_parameters
+from lightning_qinit.insertion.insert import insert as insert
+from lightning_qinit.insertion.insert import quantized_layers as quantized_layers
+from lightning_qinit.insertion.insert import remove as remove
+from lightning_qinit.insertion.layers import QUANTIZED_LAYERS as QUANTIZED_LAYERS
+from lightning_qinit.insertion.layers import QuantizedLayer as QuantizedLayer

@@ -1,0 +1,76 @@
+"""The same without a Trainer: quantize and calibrate any ``torch.nn.Module``."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_qinit.calibration import observe, plan
+from lightning_qinit.config import LayerConfig, QuantConfig
+from lightning_qinit.insertion import insert, quantized_layers
+from lightning_qinit.monitoring import ReportRow, make_row
+
+
+def prepare(
+    module: nn.Module,
+    skip: Sequence[str] = (),
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    **settings: Any,
+) -> nn.Module:
+    """Insert quantizers into a module, in place. Build the optimizer afterwards, so that it trains the steps.
+
+    Args:
+        module: any module.
+        skip: glob patterns of layer names to leave in float.
+        overrides: glob patterns of layer names to settings that differ there.
+        **settings: ``weight_bits``, ``activation_bits``, ``quantizer``, ``initializer``, ``per_channel`` and
+            ``first_last_bits``, as in :class:`~lightning_qinit.QuantInitCallback`.
+
+    Returns:
+        The module.
+
+    Raises:
+        ValueError: if a setting is out of range, a pattern matches no layer, or there is nothing to quantize.
+    """
+    insert(module, QuantConfig(LayerConfig(**settings), skip=skip, overrides=overrides or {}))
+    return module
+
+
+def calibrate(
+    module: nn.Module, batches: Iterable[Any], step: Callable[[nn.Module, Any], Any] | None = None
+) -> list[ReportRow]:
+    """Start the steps of a prepared module at the least error on some batches.
+
+    The module runs in eval mode and without gradients; its training flags are put back.
+
+    Args:
+        module: a module that went through :func:`prepare`.
+        batches: whatever ``step`` takes.
+        step: runs the module on a batch; ``None`` calls it with the batch, a tuple or list being its positional
+            arguments and a mapping its keyword arguments.
+
+    Returns:
+        A row per quantizer: its step, its error and what other initializers would have cost.
+    """
+    layers = quantized_layers(module)
+    training = {child: child.training for child in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad(), observe(layers) as observation:
+            for batch in batches:
+                (step or _call)(module, batch)
+                observation.end_batch()
+    finally:
+        for child, mode in training.items():
+            child.training = mode
+    starts = plan(layers, observation)
+    for start in starts:
+        start.apply()
+    return [make_row(start) for start in starts]
+
+
+def _call(module: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return module(**batch)
+    return module(*batch) if isinstance(batch, (tuple, list)) else module(batch)

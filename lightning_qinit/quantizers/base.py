@@ -1,0 +1,175 @@
+"""What every quantizer has: a step that trains, and the state that says how it was calibrated."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qinit.functional.fake_quantize import broadcast_channels
+from lightning_qinit.quantizers.bounded import bounded_step
+
+# A step may move this far from where it started, either way. Steps of trained networks move by tens of percent
+# (LSQ, section 3.5), so the bounds only catch a step that ran away.
+MAX_DRIFT = 2.0**16
+
+
+class Quantizer(nn.Module, ABC):
+    """Maps values to the nearest of ``scale * levels``, and trains the step.
+
+    A quantizer is the identity until it is calibrated. Its state is plain tensors, so that checkpoints carry it:
+    the parameter ``step`` and the buffers ``initial_step``, ``calibrated``, ``signed`` and ``bits``. Steps keep
+    float32 whatever precision the module is cast to.
+
+    A subclass names itself and states its levels and its gradient::
+
+        class Ternary(Quantizer, name="ternary"):
+            def level_set(self, bits, signed):
+                return torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)
+
+            def quantize(self, x, scale, elements):
+                ...
+
+    Args:
+        bits: 1 to 8.
+        channels: number of steps: one, or one per channel.
+        channel_axis: the axis of the values along which the channels run; ``None`` for one step.
+        batch_axis: the axis that runs over samples; ``None`` for values that are not a batch (weights).
+        signed: whether the levels reach below zero, until calibration decides.
+        device: where the state lives.
+    """
+
+    registry: ClassVar[dict[str, type["Quantizer"]]] = {}
+    name: ClassVar[str]
+
+    step: nn.Parameter
+    initial_step: Tensor
+    calibrated: Tensor
+    signed: Tensor
+    bits: Tensor
+
+    def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.name = name or cls.__name__
+        if name is not None:
+            Quantizer.registry[name] = cls
+
+    def __init__(
+        self,
+        bits: int,
+        channels: int = 1,
+        channel_axis: int | None = None,
+        batch_axis: int | None = None,
+        signed: bool = True,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.channel_axis, self.batch_axis = channel_axis, batch_axis
+        self.enabled = True
+        self._settings = (bool(signed), int(bits))
+        self.step = nn.Parameter(torch.empty(channels, dtype=torch.float32, device=device))
+        self.register_buffer("initial_step", torch.empty(channels, dtype=torch.float32, device=device))
+        self.register_buffer("calibrated", torch.empty(1, dtype=torch.bool, device=device))
+        self.register_buffer("signed", torch.empty(1, dtype=torch.bool, device=device))
+        self.register_buffer("bits", torch.empty(1, dtype=torch.int64, device=device))
+        self.reset_parameters()
+        # nn.TransformerEncoderLayer has a fused path in eval mode that never calls its Linear layers; it takes
+        # the ordinary one where any submodule has a hook.
+        self.register_forward_hook(_ordinary_path)
+
+    def reset_parameters(self) -> None:
+        """Back to before calibration: step 1, identity. Also how meta tensors are materialized."""
+        signed, bits = self._settings
+        with torch.no_grad():
+            self.step.fill_(1.0)
+            self.initial_step.fill_(1.0)
+            self.calibrated.fill_(False)
+            self.signed.fill_(signed)
+            self.bits.fill_(bits)
+        # Python twins of the buffers: forward must not read tensors, which would synchronize with the device
+        self.is_calibrated, self.is_signed, self.n_bits = False, signed, bits
+
+    @abstractmethod
+    def level_set(self, bits: int, signed: bool) -> Tensor:
+        """The levels at step 1: sorted, 1-D, float64."""
+
+    @abstractmethod
+    def quantize(self, x: Tensor, scale: Tensor, elements: int) -> Tensor:
+        """Quantize float32 (or float64) values, with the method's gradients.
+
+        Args:
+            x: the values.
+            scale: the step, shaped to broadcast against ``x``.
+            elements: how many values of ``x`` share one step (per sample, for activations): the ``N`` of LSQ's
+                gradient scale.
+        """
+
+    @property
+    def levels(self) -> Tensor:
+        """The levels at step 1 in use: sorted, 1-D, float64."""
+        return self.level_set(self.n_bits, self.is_signed)
+
+    @property
+    def scale(self) -> Tensor:
+        """The step in use, ``(channels,)``: ``step`` kept within ``initial_step`` divided or times 2^16."""
+        return bounded_step(self.step, self.initial_step, MAX_DRIFT)
+
+    @property
+    def active(self) -> bool:
+        """Whether ``forward`` quantizes: calibrated, and not switched off by ``enabled = False``."""
+        return self.enabled and self.is_calibrated
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Quantize ``x``; identity until calibrated. Computes in float32 at least, returns the dtype of ``x``."""
+        if not self.active or not x.is_floating_point():
+            return x
+        scale = broadcast_channels(self.scale, x, self.channel_axis)
+        wide = x if x.dtype == torch.float64 else x.to(torch.float32)
+        return self.quantize(wide, scale, self._elements_per_step(x)).to(x.dtype)
+
+    def _elements_per_step(self, x: Tensor) -> int:
+        samples = 1 if self.batch_axis is None or x.dim() < 2 else max(1, x.shape[self.batch_axis])
+        return max(1, x.numel() // (samples * self.step.numel()))
+
+    @torch.no_grad()
+    def start(self, step: Tensor, bits: int, signed: bool) -> None:
+        """Set the step from calibration: the quantizer is active from here on.
+
+        Args:
+            step: positive and finite, ``(channels,)`` or one for all.
+            bits: 1 to 8.
+            signed: whether the levels reach below zero.
+        """
+        # float32 keeps a few octaves free on both sides, so that x / step and the bounds stay finite
+        step = step.to(self.step).clamp(2.0**-100, 2.0**100)
+        self.step.copy_(step.expand_as(self.step))
+        self.initial_step.copy_(self.step)
+        self.calibrated.fill_(True)
+        self.signed.fill_(signed)
+        self.bits.fill_(bits)
+        self.is_calibrated, self.is_signed, self.n_bits = True, bool(signed), int(bits)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if not any(key.startswith(prefix) for key in state_dict):
+            return  # a checkpoint of the float module: nothing to load, nothing missing
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.is_calibrated, self.is_signed = bool(self.calibrated), bool(self.signed)
+        self.n_bits = int(self.bits)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Quantizer":
+        # half precision would swallow a step's updates: follow device moves, refuse casts
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)
+        return self
+
+    def extra_repr(self) -> str:
+        sign = "signed" if self.is_signed else "unsigned"
+        return f"{self.n_bits} bits, {sign}, steps={self.step.numel()}, calibrated={self.is_calibrated}"
+
+
+def _ordinary_path(module: nn.Module, args: Any, output: Any) -> None:
+    """Does nothing; that it is there keeps ``nn.TransformerEncoderLayer`` from bypassing the quantizers."""
