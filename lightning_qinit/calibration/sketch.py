@@ -33,6 +33,8 @@ class Sketch:
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
         """Add all values of a floating-point tensor."""
+        if x.numel() == 0:
+            return
         for part in x.detach().to(self.table.device, torch.float32).flatten().split(_CHUNK):
             bits = part.contiguous().view(torch.int32)
             key = (bits >> _LOW_BITS).bitwise_and_(_KEYS - 1)
@@ -77,9 +79,9 @@ class Sketch:
         return self.minimum < 0
 
     def sample(self) -> Sample:
-        """The data as one group: each key's values as two, one deviation below and above their mean.
+        """The data as one group: each key's values as three, evenly spread about their mean.
 
-        This keeps the count, the sum and the sum of squares of every key, and any two values exactly.
+        This keeps the count, the sum and the sum of squares of every key, and values that stand alone exactly.
         """
         table = self.table.to(float64_device(self.table))
         keys = torch.arange(_KEYS, device=table.device)
@@ -91,6 +93,7 @@ class Sketch:
         unit = (bits + 1).view(torch.float32).to(torch.float64) - start
         mean = start + unit * (first / count)
         deviation = unit.abs() * (second / count - (first / count).square()).clamp(min=0).sqrt()
-        values = torch.stack((mean - deviation, mean + deviation)).flatten()
+        spread = deviation * 1.5**0.5  # three points -1, 0, 1 have the variance 2/3
+        values = torch.stack((mean - spread, mean, mean + spread)).flatten()
         extremes = self.extremes.to(table.device, torch.float64)
-        return Sample(values[None], count.repeat(2)[None] / 2, -extremes[:1], extremes[1:])
+        return Sample(values[None], count.repeat(3)[None] / 3, -extremes[:1], extremes[1:])

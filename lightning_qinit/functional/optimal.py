@@ -55,8 +55,8 @@ def optimal_scale(
         weights: importance of each value, nonnegative and broadcastable to ``x``; ``None`` weighs all alike.
 
     Returns:
-        An :class:`OptimalScale`. Of equal optima the larger step is taken. Where every step has the same error
-        (all values zero, or no level on their side of zero) the scale is 1.
+        An :class:`OptimalScale`. Of equal optima the larger step is taken. Where there is no best step (all
+        values zero, or no level on their side of zero) the scale is 1.
 
     Raises:
         ValueError: if ``x`` or ``weights`` hold NaN or infinite values, ``weights`` negative ones, or ``levels``
@@ -95,7 +95,9 @@ def solve_rows(x: Tensor, w: Tensor, levels: Tensor) -> OptimalScale:
 def to_rows(x: Tensor, channel_axis: int | None) -> Tensor:
     """``x`` in float64 as ``(channels, values)``, or ``(1, values)`` without a channel axis."""
     x = x.detach().to(torch.float64)
-    return x.reshape(1, -1) if channel_axis is None else x.movedim(channel_axis, 0).reshape(x.shape[channel_axis], -1)
+    if channel_axis is None:
+        return x.reshape(1, -1)
+    return x.movedim(channel_axis, 0).reshape(x.shape[channel_axis], -1).contiguous()
 
 
 def _solve(rows: Rows, levels: Tensor) -> tuple[Tensor, ...]:
