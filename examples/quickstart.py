@@ -1,7 +1,7 @@
 """Float training, then 2-bit quantization-aware training from the same float weights, from two kinds of steps.
 
-    python examples/quickstart.py
-    python examples/quickstart.py --data cifar10 --root data --epochs 30 --qat-epochs 10
+python examples/quickstart.py
+python examples/quickstart.py --data cifar10 --root data --epochs 30 --qat-epochs 10
 """
 
 import argparse
@@ -41,9 +41,7 @@ def main() -> None:
         model = copy.deepcopy(trained)
         model.losses.clear()
         model.learning_rate = trained.learning_rate / 5
-        qinit = QuantInitCallback(
-            weight_bits=arguments.bits, activation_bits=arguments.bits, initializer=initializer
-        )
+        qinit = QuantInitCallback(weight_bits=arguments.bits, activation_bits=arguments.bits, initializer=initializer)
         trainer = make_trainer(arguments, initializer, arguments.qat_epochs, qinit)
         trainer.fit(model, data)
         rows.append((f"{arguments.bits} bits, {initializer}", *measure(trainer, model, data)))

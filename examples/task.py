@@ -1,4 +1,4 @@
-"""The task of the examples: a small residual network on small images, as a LightningModule and a LightningDataModule."""
+"""The task of the examples: a small residual network and small images, as Lightning's two kinds of modules."""
 
 from pathlib import Path
 

@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.connectors.data_connector import (
@@ -30,11 +31,6 @@ def isolate_rng() -> Iterator[None]:
         yield
     finally:
         _set_rng_states(states)
-
-
-def callbacks(trainer: Trainer) -> list[Any]:
-    """The trainer's callbacks, in calling order."""
-    return list(vars(trainer)["callbacks"])
 
 
 def is_stream(trainer: Trainer) -> bool:
@@ -79,7 +75,10 @@ def training_batches(trainer: Trainer, most: int) -> Iterator[Iterator[Any]]:
     generators = {id(g): g for part in combined.flattened + given for g in _generators(part)}
     states = [(g, g.get_state()) for g in generators.values()]
     try:
-        yield (_to_device(trainer, batch) for batch, _, _ in islice(iter(combined), most))
+        batches = iter(combined)
+        length = sized_len(combined)  # the limits bound its length, not its iterator
+        most = most if length is None else min(most, length)
+        yield (_to_device(trainer, batch) for batch, _, _ in islice(batches, most))
     finally:
         combined.reset()
         combined.flattened = given

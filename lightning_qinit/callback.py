@@ -67,8 +67,8 @@ class QuantInitCallback(Callback):
 
     Raises:
         ValueError: if an argument is out of range.
-        MisconfigurationException: when a stage is set up, if the module has nothing to quantize, a pattern matches
-            no layer, or there are two of these callbacks.
+        MisconfigurationException: when a stage is set up, if the module has nothing to quantize or a pattern
+            matches no layer. (Lightning itself refuses two of these callbacks in one Trainer.)
     """
 
     def __init__(
@@ -109,10 +109,6 @@ class QuantInitCallback(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Insert, in every stage: the optimizer, the strategy and checkpoints must see the quantizers."""
-        if sum(isinstance(callback, QuantInitCallback) for callback in _trainer.callbacks(trainer)) > 1:
-            raise MisconfigurationException(
-                "The Trainer has two `QuantInitCallback`s; use one, with `overrides` for layers that differ."
-            )
         self._calibrates = stage == "fit"
         builds_late = any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model"))
         self._insert(pl_module, complete=not builds_late)

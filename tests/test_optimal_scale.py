@@ -121,7 +121,9 @@ def test_laplace_ternary_closed_form() -> None:
     p = (torch.arange(2_000_000, dtype=torch.float64) + 0.5) / 2_000_000
     x = torch.where(p < 0.5, (2 * p).log(), -(2 * (1 - p)).log())
     fit = optimal_scale(x, torch.tensor([-1.0, 0.0, 1.0]))
-    assert float(fit.scale) == pytest.approx(2, abs=2e-5)  # the midpoints end at 14.5, where 1e-6 of the mean is missing
+    assert float(fit.scale) == pytest.approx(
+        2, abs=2e-5
+    )  # the midpoints end at 14.5, where 1e-6 of the mean is missing
     assert float(fit.error) / 2e6 == pytest.approx(2 - 4 / math.e, abs=2e-5)
 
 

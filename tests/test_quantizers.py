@@ -38,7 +38,9 @@ class TestEveryQuantizer:
         assert quantizer(x) is x
 
     @pytest.mark.parametrize(("bits", "signed"), SETTINGS)
-    def test_levels_are_a_level_set_and_values_land_on_them(self, kind: type[Quantizer], bits: int, signed: bool) -> None:
+    def test_levels_are_a_level_set_and_values_land_on_them(
+        self, kind: type[Quantizer], bits: int, signed: bool
+    ) -> None:
         quantizer = started(kind, bits, signed)
         levels = quantizer.levels
         assert levels.dtype == torch.float64 and bool((levels.diff() > 0).all())
@@ -179,7 +181,7 @@ def test_lsq_against_the_formula_element_by_element(
     step_grads, x_grads = torch.zeros(count, dtype=torch.float64), torch.zeros(4, 6, dtype=torch.float64)
     for i in range(4):
         for j in range(6):
-            v = float(x[i, j]) / s
+            v = x[i, j].item() / s
             slope = low if v <= low else high if v >= high else round(v) - v
             step_grads[0 if channels is None else (i, j)[channels]] += slope * float(upstream[i, j])
             x_grads[i, j] = upstream[i, j] if low < v < high else 0

@@ -1,0 +1,68 @@
+"""The examples as a user runs them: in a process of their own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(folder: Path, *arguments: str) -> str:
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_quickstart(tmp_path: Path) -> None:
+    out = run(tmp_path, str(EXAMPLES / "quickstart.py"), "--epochs=2", "--qat-epochs=1")
+    table = out[out.index("start ") :].splitlines()
+    assert [line.split("  ")[0] for line in table[1:4]] == ["float", "2 bits, optimal", "2 bits, lsq"]
+    assert list((tmp_path / "runs").rglob("events.out.tfevents.*"))
+
+
+def test_cli_reads_the_yaml_and_the_command_line(tmp_path: Path) -> None:
+    base = [str(EXAMPLES / "cli.py"), "fit", "--config", str(EXAMPLES / "config.yaml")]
+    overrides = ["--trainer.callbacks.weight_bits=2", "--trainer.callbacks.initializer=lsq"]
+    printed = run(tmp_path, *base, *overrides, "--print_config")
+    callback = yaml.safe_load(printed)["trainer"]["callbacks"][0]
+    assert callback["class_path"] == "lightning_qinit.QuantInitCallback"
+    assert callback["init_args"]["weight_bits"] == 2 and callback["init_args"]["initializer"] == "lsq"
+    assert callback["init_args"]["overrides"] == {"net.3.*": {"weight_bits": 4}}
+    out = run(tmp_path, *base, *overrides, "--trainer.max_epochs=1", "--trainer.limit_train_batches=2")
+    rows = {line.split()[0]: line.split()[1] for line in out.splitlines() if line.startswith("net.")}
+    assert rows["net.0.weight"] == "8" and rows["net.3.conv1.weight"] == "4" and rows["net.4.conv1.weight"] == "2"
+
+
+def test_every_setting_is_reachable_and_defaults_print_clean(tmp_path: Path) -> None:
+    short = [str(EXAMPLES / "cli.py"), "fit", "--trainer.callbacks+=QuantInitCallback"]
+    settings = {
+        "weight_bits": "null",
+        "activation_bits": "3",
+        "quantizer": "lightning_qinit.LSQ",
+        "initializer": "lightning_qinit.initializers.minmax",
+        "per_channel": "false",
+        "first_last_bits": "null",
+        "calibration_batches": "2",
+        "skip": "[net.0]",
+        "overrides": "{net.8: {activation_bits: 5}}",
+        "log_quantizers": "false",
+        "print_report": "false",
+    }
+    given = [f"--trainer.callbacks.{name}={value}" for name, value in settings.items()]
+    printed = run(tmp_path, *short, *given, "--print_config")
+    arguments = yaml.safe_load(printed)["trainer"]["callbacks"][0]["init_args"]
+    assert arguments == {name: yaml.safe_load(value) for name, value in settings.items()}
+    defaults = yaml.safe_load(run(tmp_path, *short, "--print_config"))["trainer"]["callbacks"][0]["init_args"]
+    assert defaults.keys() == settings.keys() and defaults["quantizer"] == "lsq"
+
+
+@pytest.mark.parametrize("value", ["9", "many"])
+def test_bad_setting_is_one_sentence(tmp_path: Path, value: str) -> None:
+    command = [sys.executable, str(EXAMPLES / "cli.py"), "fit", "--trainer.callbacks+=QuantInitCallback"]
+    command.append(f"--trainer.callbacks.weight_bits={value}")
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=100)
+    assert done.returncode != 0 and "weight_bits" in done.stderr

@@ -1,0 +1,468 @@
+"""The callback in a real Trainer: what must hold at every hook."""
+
+import copy
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from conftest import SmallNet, loader, small_data
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
+
+from lightning_qinit import QuantInitCallback, Sample
+from lightning_qinit.functional import optimal_scale
+from lightning_qinit.insertion import insert, quantized_layers, remove
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers.*",
+    "ignore:.*no `val_dataloader`.*|.*defined a `validation_step` but have no.*",
+    "ignore:.*smaller than the logging interval.*",
+    "ignore:.*is deprecated, use `isinstance.treespec.*:FutureWarning",  # Lightning's own use of torch
+    "ignore:.*treespec.*",
+)
+
+
+def quiet(**settings) -> QuantInitCallback:
+    return QuantInitCallback(**{"print_report": False, "calibration_batches": 3, **settings})
+
+
+def quantizers(module: nn.Module) -> dict:
+    return {f"{n}.{w}": q for n, layer in quantized_layers(module).items() for w, q in layer.quantizers().items()}
+
+
+def test_every_step_is_the_optimum_of_its_data_and_trains(make_trainer) -> None:
+    model = SmallNet()
+    before = copy.deepcopy(model)
+    callback = quiet(weight_bits=3, activation_bits=3)
+    trainer = make_trainer(callback, max_epochs=1, limit_train_batches=1)
+    trainer.fit(model, loader(shuffle=False))
+    assert {row.name: row.bits for row in callback.report} == {
+        f"{layer}.{what}": bits
+        for layer, bits in (("stem", 8), ("body", 3), ("hidden", 3), ("head", 8))
+        for what in ("weight", "input")
+    }
+    seen: dict[str, list[Tensor]] = {}
+    before.eval()
+    for name, layer in before.named_children():
+        layer.register_forward_pre_hook(lambda m, args, name=name: seen.setdefault(name, []).append(args[0].detach()))
+    for x, _ in list(loader(shuffle=False))[:1]:
+        before(x)
+    for name, quantizer in quantizers(model).items():
+        layer, what = name.rsplit(".", 1)
+        if what == "weight":
+            fit = optimal_scale(getattr(before, layer).weight, quantizer.levels, channel_axis=0)
+            assert torch.allclose(quantizer.initial_step.double(), fit.scale, rtol=1e-6)
+        else:
+            x = torch.cat(seen[layer])
+            assert quantizer.is_signed == bool((x < 0).any())
+            error = Sample.of_tensor(x).error(quantizer.levels, quantizer.initial_step)
+            best = optimal_scale(x, quantizer.levels).error
+            assert float(error) <= float(best) * (1 + 1e-3) + 1e-12, name
+        assert not torch.equal(quantizer.step, quantizer.initial_step)
+
+
+def test_first_and_last_are_by_running_order(make_trainer) -> None:
+    class Backwards(SmallNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.defined_last_runs_first = nn.Conv2d(1, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.defined_last_runs_first(x))
+
+    callback = quiet(overrides={"head": {"weight_bits": 5}, "hid*": {"initializer": "minmax", "per_channel": False}})
+    model = Backwards()
+    make_trainer(callback, fast_dev_run=1).fit(model, loader())
+    bits = {row.name: (row.bits, row.steps) for row in callback.report}
+    assert bits["defined_last_runs_first.weight"] == (8, 1)
+    assert bits["stem.weight"] == (4, 4)
+    assert bits["head.weight"][0] == 5 and bits["head.input"][0] == 4  # an override holds for the last layer too
+    assert bits["hidden.weight"] == (4, 1)
+    row = next(row for row in callback.report if row.name == "hidden.weight")
+    assert row.error == pytest.approx(row.alternatives["minmax"], rel=1e-6)
+
+
+class Recorder(SmallNet):
+    """Keeps what a user's module might: batches, outputs, a metric, random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[Tensor] = []
+        self.outputs = {"loss": [], "seen": 0}
+        self.metric = MeanMetric()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.batches.append(batch[0].clone())
+        self.outputs["loss"].append(float(loss.detach()))
+        self.outputs["seen"] += 1
+        self.metric.update(loss.detach())
+        self.logger.log_metrics({"noise": float(torch.rand(()))})
+        return loss
+
+
+@pytest.mark.parametrize("kind", ["shuffle", "generator", "workers"])
+def test_calibration_leaves_no_trace(make_trainer, tmp_path: Path, kind: str) -> None:
+    class Disable(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            for quantizer in quantizers(pl_module).values():
+                quantizer.enabled = False
+
+    def run(*callbacks: pl.Callback) -> Recorder:
+        pl.seed_everything(1)
+        arguments = {"generator": torch.Generator().manual_seed(5)} if kind == "generator" else {}
+        if kind == "workers":
+            arguments = {"num_workers": 1, "persistent_workers": True}
+        data = DataLoader(small_data(), 8, shuffle=True, **arguments)
+        model = Recorder()
+        logger = CSVLogger(tmp_path, name=str(len(callbacks)))
+        make_trainer(*callbacks, max_epochs=2, logger=logger).fit(model, data)
+        return model
+
+    plain, calibrated = run(), run(quiet(), Disable())
+    assert len(plain.batches) == len(calibrated.batches) == 8
+    assert all(torch.equal(a, b) for a, b in zip(plain.batches, calibrated.batches, strict=True))
+    assert plain.outputs == calibrated.outputs
+    assert float(plain.metric.compute()) == float(calibrated.metric.compute())
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, calibrated.state_dict()[name]), name
+    rows = [(tmp_path / str(n) / "version_0" / "metrics.csv").read_text() for n in (0, 2)]
+    assert rows[0].count("\n") == rows[1].count("\n")
+
+
+def test_same_steps_for_any_batch_size_and_order(make_trainer) -> None:
+    observed = []
+    for batch_size, shuffle in ((8, False), (16, True), (32, False)):
+        torch.manual_seed(0)
+        callback, model = quiet(calibration_batches=99), SmallNet()
+        make_trainer(callback, max_steps=1).fit(model, loader(batch_size=batch_size, shuffle=shuffle))
+        observed.append({name: q.initial_step for name, q in quantizers(model).items()})
+    for steps in observed[1:]:
+        # the module's own float arithmetic differs in the last bit with the batch size; the sketches do not
+        assert all(torch.allclose(steps[name], step, rtol=1e-5) for name, step in observed[0].items())
+
+
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(make_trainer, tmp_path: Path) -> None:
+    def run(epochs: int, model: SmallNet, path: str | None = None) -> tuple[SmallNet, pl.Trainer, QuantInitCallback]:
+        callback = quiet(weight_bits=2, activation_bits=2)
+        trainer = make_trainer(callback, max_epochs=epochs)
+        pl.seed_everything(3)
+        trainer.fit(model, loader(shuffle=False), ckpt_path=path)
+        return model, trainer, callback
+
+    class NoDropout(SmallNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dropout = nn.Dropout(0.0)
+
+    pl.seed_everything(0)
+    start = NoDropout()
+    straight, _, _ = run(4, copy.deepcopy(start))
+    half, trainer, _ = run(2, copy.deepcopy(start))
+    path = str(tmp_path / "half.ckpt")
+    trainer.save_checkpoint(path)
+    resumed, _, callback = run(4, copy.deepcopy(start), path)
+    assert callback.report == []  # no second calibration
+    for name, value in straight.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_checkpoints_on_the_same_object_and_in_a_fresh_process(make_trainer, tmp_path: Path) -> None:
+    model = SmallNet()
+    keep = ModelCheckpoint(tmp_path, monitor="quant_error/max", filename="best")
+    trainer = make_trainer(quiet(weight_bits=2), keep, max_epochs=2, enable_checkpointing=True)
+    trainer.fit(model, loader(), DataLoader(small_data(), 32))
+    expected = trainer.test(model, DataLoader(small_data(), 32), ckpt_path="best", verbose=False)[0]["test_loss"]
+    torch.load(keep.best_model_path, weights_only=True)
+    script = f"""
+import sys, warnings; sys.path.insert(0, {str(Path(__file__).parent)!r}); warnings.simplefilter("ignore")
+import lightning.pytorch as pl
+from conftest import SmallNet, small_data
+from torch.utils.data import DataLoader
+from lightning_qinit import QuantInitCallback
+trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[QuantInitCallback(2)])
+result = trainer.test(SmallNet(), DataLoader(small_data(), 32), ckpt_path={keep.best_model_path!r}, verbose=False)
+print("loss", repr(result[0]["test_loss"]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert f"loss {expected!r}" in done.stdout
+
+
+def test_checkpoint_of_other_settings_is_refused(make_trainer, tmp_path: Path) -> None:
+    trainer = make_trainer(quiet(weight_bits=2))
+    trainer.fit(SmallNet(), loader())
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    with pytest.raises(MisconfigurationException, match="weight_bits: 2 in the checkpoint, 3 in the callback"):
+        make_trainer(quiet(weight_bits=3)).test(SmallNet(), loader(), ckpt_path=tmp_path / "two.ckpt")
+
+
+@pytest.mark.parametrize("hook", ["setup", "configure_model"])
+def test_layers_built_late(make_trainer, hook: str) -> None:
+    class Late(SmallNet):
+        def build(self, stage: str | None = None) -> None:
+            if not hasattr(self, "extra"):
+                self.extra = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.extra(super().forward(x))
+
+    setattr(Late, hook, Late.build)
+    model, callback = Late(), quiet(overrides={"extra": {"weight_bits": 6}})
+    trainer = make_trainer(callback)
+    trainer.fit(model, loader())
+    assert {row.name: row.bits for row in callback.report}["extra.weight"] == 6
+    held = [id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]]
+    assert all(held.count(id(q.step)) == 1 for q in quantizers(model).values())
+    assert "configure_model" not in vars(model)
+
+
+def test_optimizer_built_before_the_trainer_adopts_the_steps(make_trainer) -> None:
+    model = SmallNet()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    model.configure_optimizers = lambda: optimizer
+    make_trainer(quiet()).fit(model, loader())
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    for quantizer in quantizers(model).values():
+        assert held.count(id(quantizer.step)) == 1
+        assert not torch.equal(quantizer.step, quantizer.initial_step)
+
+
+def test_manual_optimization_is_calibrated_without_a_step(make_trainer) -> None:
+    class Manual(SmallNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            with optimizer.toggle_model():
+                loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+
+    model, callback = Manual(), quiet()
+    trainer = make_trainer(callback)
+    trainer.fit(model, loader())
+    assert len(callback.report) == 8 and trainer.global_step == 4
+
+
+def test_data_that_can_be_read_once(make_trainer) -> None:
+    class Stream(torch.utils.data.IterableDataset):
+        def __init__(self) -> None:
+            self.items = iter(small_data())
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            return next(self.items)
+
+    callback = quiet()
+    make_trainer(callback).fit(SmallNet(), DataLoader(Stream(), 8))
+    assert len(callback.report) == 8
+
+
+def test_logged_values_are_those_of_the_step(make_trainer, tmp_path: Path) -> None:
+    seen: list[dict[str, float]] = []
+
+    class Independent(pl.Callback):
+        """Measures every batch by itself; the last before a log entry is the one that it must show."""
+
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            for name, quantizer in quantizers(pl_module).items():
+                quantizer.register_forward_hook(lambda q, args, out, name=name: self.measure(q, args[0], out, name))
+
+        def measure(self, quantizer, x: Tensor, out: Tensor, name: str) -> None:
+            x, out = x.detach().double(), out.detach().double()
+            seen[-1][f"quant_error/{name}"] = float((out - x).square().sum() / x.square().sum())
+            seen[-1][f"quant_step/{name}"] = float(quantizer.step.detach().mean())
+
+        def on_train_batch_start(self, *args: object) -> None:
+            seen.append({})
+
+    logger = CSVLogger(tmp_path, name="log")
+    trainer = make_trainer(quiet(weight_bits=2), Independent(), logger=logger, log_every_n_steps=2, max_epochs=1)
+    trainer.fit(SmallNet(), loader())
+    with open(Path(logger.log_dir) / "metrics.csv") as file:
+        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    logged = {int(row["step"]): row for row in rows if "quant_error/mean" in row}
+    assert sorted(logged) == [1, 3]
+    for step, row in logged.items():
+        expected = seen[step]
+        assert len(expected) == 16
+        for name, value in expected.items():
+            assert row[name] == pytest.approx(value, rel=1e-4), name
+        errors = [value for name, value in expected.items() if name.startswith("quant_error/")]
+        assert row["quant_error/mean"] == pytest.approx(sum(errors) / 8, rel=1e-4)
+        assert row["quant_error/max"] == pytest.approx(max(errors), rel=1e-4)
+        ratio = -10 * torch.tensor(expected["quant_error/body.weight"]).log10()
+        assert row["quant_sqnr_db/body.weight"] == pytest.approx(float(ratio), rel=1e-4)
+
+
+def test_report_reaches_tensorboard_and_the_terminal(make_trainer, tmp_path: Path, capsys) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path, name="tb")
+    make_trainer(QuantInitCallback(), logger=logger, log_every_n_steps=1).fit(SmallNet(), loader())
+    printed = capsys.readouterr().out
+    events = EventAccumulator(logger.log_dir).Reload()
+    text = events.Tensors("quantization/text_summary")[0].tensor_proto.string_val[0].decode()
+    for name in ("stem.weight", "body.input", "minmax", "lsq"):
+        assert name in printed and name in text
+    assert {"quant_step/body.weight", "quant_error/body.input", "quant_error/max"} <= set(events.Tags()["scalars"])
+
+
+def test_layers_without_data_and_float_tensors_are_named(make_trainer, capsys) -> None:
+    class Unused(SmallNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.Linear(2, 2)
+            self.table = nn.Embedding(5, 2)
+
+    with pytest.warns(UserWarning, match="saw no data for unused.weight, unused.input"):
+        make_trainer(QuantInitCallback()).fit(Unused(), loader())
+    printed = capsys.readouterr().out
+    assert "No data seen, left in float: unused.weight, unused.input." in printed
+    assert "Not quantized: table.weight." in printed
+
+
+def test_uncalibrated_numbers_are_announced(make_trainer) -> None:
+    with pytest.warns(UserWarning, match="numbers of the float module"):
+        make_trainer(quiet()).test(SmallNet(), loader(shuffle=False), verbose=False)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"weight_bits": 0}, "`weight_bits` must be a whole number from 1 to 8, or None, got 0"),
+            ({"activation_bits": 9}, "`activation_bits` must be"),
+            ({"first_last_bits": 2.5}, "`first_last_bits` must be"),
+            ({"quantizer": "nothing"}, "`quantizer` must be one of .*'lsq'.* got 'nothing'"),
+            ({"initializer": "no.such.function"}, "`initializer` must be one of .*'minmax'"),
+            ({"calibration_batches": 0}, "`calibration_batches` must be"),
+            ({"skip": "head"}, "`skip` must be a sequence"),
+            ({"overrides": {"head": {"bits": 3}}}, r"`overrides\['head'\]` must map some of"),
+            ({"overrides": {"head": {"weight_bits": 99}}}, "`weight_bits` must be"),
+        ],
+    )
+    def test_arguments(self, settings: dict, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            QuantInitCallback(**settings)
+
+    @pytest.mark.parametrize("argument", [{"skip": ["haed"]}, {"overrides": {"haed": {"weight_bits": 2}}}])
+    def test_pattern_that_matches_nothing(self, make_trainer, argument: dict) -> None:
+        model = SmallNet()
+        with pytest.raises(MisconfigurationException, match="pattern 'haed', which matches no layer.*stem, body"):
+            make_trainer(quiet(**argument)).fit(model, loader())
+        assert not quantized_layers(model)
+
+    def test_nothing_to_quantize(self, make_trainer) -> None:
+        model = SmallNet()
+        with pytest.raises(MisconfigurationException, match="SmallNet has no layer to quantize: `skip`"):
+            make_trainer(quiet(skip=["*"])).fit(model, loader())
+
+    def test_two_callbacks(self, make_trainer) -> None:
+        with pytest.raises(RuntimeError, match="more than one stateful callback of type `QuantInitCallback`"):
+            make_trainer(quiet(), quiet())  # Lightning's own check, before any of our hooks
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    def test_nonfinite_weights(self, make_trainer, value: float) -> None:
+        model = SmallNet()
+        model.hidden.weight.data[0, 0] = value
+        with pytest.raises(ValueError, match="weight of layer 'hidden' holds 1 NaN or infinite"):
+            make_trainer(quiet()).fit(model, loader())
+        assert not any(q.is_calibrated for q in quantizers(model).values())
+
+    def test_nonfinite_batch(self, make_trainer) -> None:
+        data = small_data()
+        data.tensors[0][0, 0, 0, 0] = torch.nan
+        model = SmallNet()
+        with pytest.warns(UserWarning, match="NaN or infinite values in the input of stem"):
+            make_trainer(quiet(), max_steps=1).fit(model, DataLoader(data, 8))
+        assert all(bool(q.initial_step.isfinite().all()) for q in quantizers(model).values())
+
+    def test_no_batches(self, make_trainer) -> None:
+        model = SmallNet()
+        with pytest.warns(UserWarning, match="saw no training batch"):
+            make_trainer(quiet(), limit_train_batches=0).fit(model, loader())
+        assert not any(q.is_calibrated for q in quantizers(model).values())
+
+    def test_step_that_raises_is_named_and_nothing_is_changed(self, make_trainer) -> None:
+        class Fails(Recorder):
+            def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+                if batch_idx == 1:
+                    raise KeyError("label")
+                return SmallNet.training_step(self, batch, batch_idx)
+
+        model = Fails()
+        before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+        with pytest.raises(RuntimeError, match="`Fails.training_step` raised KeyError on calibration batch 1"):
+            make_trainer(quiet()).fit(model, loader(shuffle=False))
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+        assert torch.equal(torch.get_rng_state(), state)
+        assert model.training and model.outputs == {"loss": [], "seen": 0}
+        assert not any(q.is_calibrated for q in quantizers(model).values())
+
+
+def test_calibration_step_is_run_instead(make_trainer) -> None:
+    class Penalty(SmallNet):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            x = batch[0].requires_grad_()
+            (gradient,) = torch.autograd.grad(self(x).sum(), x, create_graph=True)
+            return gradient.square().mean()
+
+        def calibration_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self(batch[0])
+
+    callback = quiet()
+    make_trainer(callback).fit(Penalty(), loader())
+    assert len(callback.report) == 8
+
+
+def test_insert_and_remove_restore_the_float_module() -> None:
+    model, x = SmallNet().eval(), torch.randn(2, 1, 6, 6)
+    expected, keys, weight = model(x), list(model.state_dict()), model.stem.weight
+    insert(model, quiet().config)
+    assert torch.equal(model(x), expected)  # identity until calibrated
+    assert model.stem.weight is weight and set(keys) < set(model.state_dict())
+    remove(model)
+    assert type(model.stem) is nn.Conv2d and list(model.state_dict()) == keys
+
+
+def test_two_ranks_start_from_the_same_steps_as_one_process(make_trainer, tmp_path: Path) -> None:
+    script = f"""
+import sys, warnings; sys.path.insert(0, {str(Path(__file__).parent)!r}); warnings.simplefilter("ignore")
+import lightning.pytorch as pl, torch
+from conftest import SmallNet, loader
+from lightning_qinit import QuantInitCallback
+from lightning_qinit.insertion import quantized_layers
+ranks = int(sys.argv[1])
+pl.seed_everything(0)
+trainer = pl.Trainer(
+    accelerator="cpu", strategy="ddp" if ranks > 1 else "auto", devices=ranks, max_steps=3, logger=False,
+    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+    callbacks=[QuantInitCallback(weight_bits=3, calibration_batches=8, print_report=False)],
+)
+model = SmallNet()
+trainer.fit(model, loader(batch_size=16 // ranks, shuffle=False))
+torch.save(model.state_dict(), f"{{sys.argv[2]}}.{{ranks}}.{{trainer.global_rank}}")
+"""
+    file = tmp_path / "run.py"
+    file.write_text(script)
+    for ranks in (1, 2):
+        subprocess.run([sys.executable, str(file), str(ranks), str(tmp_path / "state")], check=True, timeout=200)
+    one, first, second = (torch.load(tmp_path / f"state.{name}") for name in ("1.0", "2.0", "2.1"))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]) or "running" in name, name  # BatchNorm statistics are each rank's own
+        if name.endswith("initial_step"):
+            assert torch.allclose(value, one[name], rtol=1e-5), name
