@@ -35,8 +35,8 @@ def isolate_rng() -> Iterator[None]:
 
 def is_stream(trainer: Trainer) -> bool:
     """Whether the training data can be read only once: reading ahead would take it away from training."""
-    loaders = CombinedLoader(trainer.fit_loop._data_source.instance).flattened
-    for loader in [] if trainer.fit_loop._data_source.is_module() else loaders:
+    source = trainer.fit_loop._data_source
+    for loader in [] if source.is_module() else CombinedLoader(source.instance).flattened:
         data = loader.dataset if isinstance(loader, DataLoader) else loader
         if (not isinstance(loader, DataLoader) or isinstance(data, IterableDataset)) and iter(data) is data:
             return True
