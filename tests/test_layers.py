@@ -134,9 +134,8 @@ def test_plain_modules_train_and_keep_their_mode() -> None:
     assert model.training and not model[1].training
     assert model[3].input_quantizer is None
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    before = [
-        q.step.detach().clone() for layer in quantized_layers(model).values() for q in layer.quantizers().values()
-    ]
+    steps = [q.step for layer in quantized_layers(model).values() for q in layer.quantizers().values()]
+    before = [step.detach().clone() for step in steps]
     model(torch.randn(16, 6)).square().sum().backward()
     optimizer.step()
     assert all(not torch.equal(a, b) for a, b in zip(before, steps, strict=True))
