@@ -1,4 +1,4 @@
-"""Every private Lightning name that the package touches (checked against Lightning 2.4 to 2.6)."""
+"""Every private Lightning name that the package touches (checked against Lightning 2.6.6)."""
 
 import warnings
 from collections.abc import Iterator

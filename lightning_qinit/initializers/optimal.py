@@ -10,7 +10,7 @@ from lightning_qinit.functional.sample import Sample
 def optimal(sample: Sample, levels: Tensor) -> Tensor:
     """The step of least squared error, for any level set (see ``lightning_qinit.functional.optimal_scale``).
 
-    Exact on the data of a tensor. On a sketch, exact for the values kept: the error on the data exceeds the
-    optimum by less than 1e-4 up to 5 bits and 1e-3 up to 8 bits.
+    Exact on the data of a tensor. On a sketch, exact for the values kept; the tests hold its error on the data to
+    within 1e-4 of the optimum up to 5 bits and 1e-3 up to 8 bits, on every kind of data they know.
     """
     return solve_rows(sample.values, sample.weights, check_levels(levels).to(sample.values.device)).scale
