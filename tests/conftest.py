@@ -1,6 +1,10 @@
 """Small modules and data that many tests share."""
 
+import os
 from pathlib import Path
+
+# The tensors here are small: threads only wait for each other, for ever so long where another process is busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import lightning.pytorch as pl
 import pytest
