@@ -120,9 +120,7 @@ def restores_late(trainer: Trainer) -> bool:
 
 def is_logging_step(trainer: Trainer) -> bool:
     """Whether the loggers get values for the batch being trained: each ``log_every_n_steps`` optimizer steps."""
-    if trainer.fit_loop.epoch_loop._should_accumulate():
-        return False
-    return trainer._logger_connector.should_update_logs
+    return is_logging_batch(trainer) and not trainer.fit_loop.epoch_loop._should_accumulate()
 
 
 def is_logging_batch(trainer: Trainer) -> bool:
