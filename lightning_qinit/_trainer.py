@@ -20,6 +20,7 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.data import has_len_all_ranks
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 
 
@@ -116,6 +117,14 @@ def pulls_batches_itself(module: LightningModule) -> bool:
 def restores_late(trainer: Trainer) -> bool:
     """Whether the strategy loads checkpoints after ``on_fit_start`` (FSDP, DeepSpeed, ModelParallel)."""
     return trainer.strategy.restore_checkpoint_after_setup
+
+
+def needs_every_gradient(trainer: Trainer) -> bool:
+    """Whether the strategy fails if a parameter gets no gradient: DDP, unless it looks for unused ones itself."""
+    wrapped = trainer.strategy.model
+    return (
+        isinstance(wrapped, DistributedDataParallel) and not wrapped.find_unused_parameters and not wrapped.static_graph
+    )
 
 
 def is_logging_step(trainer: Trainer) -> bool:

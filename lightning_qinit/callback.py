@@ -10,11 +10,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import override
 
 from lightning_qinit import _trainer
-from lightning_qinit.calibration import Observation, check_weights, plan
+from lightning_qinit.calibration import Observation, check_weights, plan, warn_blind
 from lightning_qinit.calibration.run import observe_batch, observe_training
 from lightning_qinit.config import LayerConfig, QuantConfig, plain, shorten
 from lightning_qinit.initializers import Initializer
@@ -159,6 +160,14 @@ class QuantInitCallback(Callback):
             self._monitor.open()
 
     @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Give steps that are not in use a gradient of zero where DDP waits for one from every parameter."""
+        if _trainer.needs_every_gradient(trainer):
+            idle = [q.step.sum() for q in self._idle(pl_module)]
+            if idle:
+                (0 * torch.stack(idle).sum()).backward()
+
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -243,6 +252,7 @@ class QuantInitCallback(Callback):
             starts = [replace(start, step=step) for start, step in zip(starts, steps, strict=True)]
         for start in starts:
             start.apply()
+        warn_blind(starts)
         self.report = [make_row(start) for start in starts]
         self._publish(trainer, aggregates([row.error for row in self.report]))
         nonfinite = [name for name, sketch in observation.inputs.items() if sketch.nonfinite]
@@ -256,7 +266,10 @@ class QuantInitCallback(Callback):
         started = {row.name for row in self.report}
         unseen = [name for name, q in named_quantizers(layers).items() if name not in started]
         if unseen:
-            rank_zero_warn(f"Calibration saw no data for {shorten(unseen)}, which stay in float.")
+            rank_zero_warn(
+                f"Calibration saw no data for {shorten(unseen)}, which stay in float: their layers did not run, or "
+                "their weights are used without calling them. `skip` leaves such layers alone."
+            )
         text = format_report(self.report, unseen, float_parameters(pl_module))
         if self.print_report and trainer.is_global_zero:
             tqdm.write(text)  # leaves an open progress bar in one piece
@@ -264,6 +277,10 @@ class QuantInitCallback(Callback):
             if isinstance(logger, TensorBoardLogger):
                 indented = "\n".join("    " + line for line in text.splitlines())  # a code block in Markdown
                 logger.experiment.add_text("quantization", indented, 0)
+
+    def _idle(self, pl_module: LightningModule) -> list[Quantizer]:
+        quantizers = named_quantizers(quantized_layers(pl_module)).values()
+        return [q for q in quantizers if not q.is_calibrated]
 
     def _publish(self, trainer: Trainer, values: dict[str, float]) -> None:
         """Let other callbacks monitor the aggregates."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_qinit.calibration import observe, plan
+from lightning_qinit.calibration import calibration_mode, observe, plan, restored, warn_blind
 from lightning_qinit.config import LayerConfig, QuantConfig
 from lightning_qinit.insertion import insert, quantized_layers
 from lightning_qinit.monitoring import ReportRow, make_row
@@ -42,7 +42,8 @@ def calibrate(
 ) -> list[ReportRow]:
     """Start the steps of a prepared module at the least error on some batches.
 
-    The module runs in eval mode and without gradients; its training flags are put back.
+    The module runs in eval mode and without gradients (BatchNorm layers that were never trained use the statistics of
+    the batch); its parameters, buffers and attributes are put back.
 
     Args:
         module: a module that went through :func:`prepare`.
@@ -54,19 +55,15 @@ def calibrate(
         A row per quantizer: its step, its error and what other initializers would have cost.
     """
     layers = quantized_layers(module)
-    training = {child: child.training for child in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad(), observe(layers) as observation:
-            for batch in batches:
-                (step or _call)(module, batch)
-                observation.end_batch()
-    finally:
-        for child, mode in training.items():
-            child.training = mode
+    with torch.no_grad(), restored(module), observe(layers) as observation:
+        calibration_mode(module)
+        for batch in batches:
+            (step or _call)(module, batch)
+            observation.end_batch()
     starts = plan(layers, observation)
     for start in starts:
         start.apply()
+    warn_blind(starts)
     return [make_row(start) for start in starts]
 
 

@@ -21,6 +21,7 @@ class SmallNet(pl.LightningModule):
         self.learning_rate = learning_rate
         self.stem = nn.Conv2d(1, 4, 3, padding=1)
         self.norm = nn.BatchNorm2d(4)
+        self.norm.num_batches_tracked.fill_(1)  # its statistics count as trained
         self.body = nn.Conv2d(4, 4, 3, padding=1)
         self.dropout = nn.Dropout(0.2)
         self.hidden = nn.Linear(4 * 36, 8)

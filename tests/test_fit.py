@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
-from lightning_qinit import QuantInitCallback, Sample
+from lightning_qinit import QuantInitCallback, Sample, calibrate, prepare
 from lightning_qinit.functional import optimal_scale
 from lightning_qinit.insertion import insert, quantized_layers, remove
 
@@ -439,6 +439,41 @@ def test_insert_and_remove_restore_the_float_module() -> None:
     assert type(model.stem) is nn.Conv2d and list(model.state_dict()) == keys
 
 
+def test_untrained_batchnorm_is_calibrated_on_the_statistics_of_the_batch(make_trainer) -> None:
+    model = SmallNet()
+    model.norm.reset_running_stats()
+    with torch.no_grad():
+        model.stem.weight.mul_(1000)  # in eval mode everything behind would look a thousand times too large
+    seen: list[Tensor] = []
+    twin = copy.deepcopy(model).train()
+    twin.body.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    twin(next(iter(loader(shuffle=False)))[0])
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+
+    prepared = prepare(copy.deepcopy(model), weight_bits=3, activation_bits=3)
+    calibrate(prepared, [next(iter(loader(shuffle=False)))[:1]])
+    callback = quiet(weight_bits=3, activation_bits=3, calibration_batches=1)
+    make_trainer(callback, limit_train_batches=1).fit(model, loader(shuffle=False))
+    for module in (prepared, model):
+        quantizer = module.body.input_quantizer
+        error = Sample.of_tensor(seen[0]).error(quantizer.levels, quantizer.initial_step)
+        assert float(error) <= float(optimal_scale(seen[0], quantizer.levels).error) * (1 + 1e-4)
+    for name, value in buffers.items():
+        assert torch.equal(prepared.state_dict()[name], value), name
+    assert int(model.norm.num_batches_tracked) == 1  # of training, none of calibration
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_weights_of_zero_start_at_the_size_they_will_have(make_trainer, per_channel: bool) -> None:
+    model, callback = SmallNet(), quiet(per_channel=per_channel, first_last_bits=None)
+    nn.init.zeros_(model.head.weight)
+    with pytest.warns(UserWarning, match="saw only zeros in head.weight: their steps"):
+        make_trainer(callback, max_epochs=4).fit(model, loader())
+    (row,) = [row for row in callback.report if row.name == "head.weight"]
+    assert row.step == pytest.approx(8**-0.5 / 8) and row.note == "no nonzero data"
+    assert bool((model.head.weight_quantizer(model.head.weight) != 0).any())
+
+
 def test_two_ranks_start_from_the_same_steps_as_one_process(make_trainer, tmp_path: Path) -> None:
     script = f"""
 import sys, warnings; sys.path.insert(0, {str(Path(__file__).parent)!r}); warnings.simplefilter("ignore")
@@ -466,3 +501,36 @@ torch.save(model.state_dict(), f"{{sys.argv[2]}}.{{ranks}}.{{trainer.global_rank
         assert torch.equal(value, second[name]) or "running" in name, name  # BatchNorm statistics are each rank's own
         if name.endswith("initial_step"):
             assert torch.allclose(value, one[name], rtol=1e-5), name
+
+
+def test_two_ranks_train_a_module_with_layers_that_never_run(tmp_path: Path) -> None:
+    script = f"""
+import sys, warnings; sys.path.insert(0, {str(Path(__file__).parent)!r}); warnings.simplefilter("ignore")
+import lightning.pytorch as pl, torch
+from conftest import SmallNet, loader
+from lightning_qinit import QuantInitCallback
+
+class Bypassed(SmallNet):  # as Swin's attention: the weight is used, the layer is never called
+    def forward(self, x):
+        x = self.norm(self.stem(x)).relu()
+        x = torch.nn.functional.linear(x.flatten(1), self.hidden.weight, self.hidden.bias)
+        return self.head(x) + 0 * sum(p.sum() for p in self.body.parameters(recurse=False))
+
+model = Bypassed()
+trainer = pl.Trainer(
+    accelerator="cpu", strategy="ddp", devices=2, max_steps=4, accumulate_grad_batches=2, max_epochs=2, logger=False,
+    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+    callbacks=[QuantInitCallback(weight_bits=3, print_report=False)],
+)
+trainer.fit(model, loader(batch_size=4, shuffle=False))
+assert trainer.global_step == 4, trainer.global_step
+torch.save(model.state_dict(), f"{{sys.argv[1]}}.{{trainer.global_rank}}")
+"""
+    file = tmp_path / "run.py"
+    file.write_text(script)
+    subprocess.run([sys.executable, str(file), str(tmp_path / "state")], check=True, timeout=200)
+    first, second = (torch.load(tmp_path / f"state.{rank}") for rank in (0, 1))
+    assert bool(first["stem.weight_quantizer.calibrated"]) and not bool(first["hidden.weight_quantizer.calibrated"])
+    assert not torch.equal(first["head.input_quantizer.step"], first["head.input_quantizer.initial_step"])
+    for name, value in first.items():
+        assert torch.equal(value, second[name]) or "running" in name, name

@@ -104,7 +104,7 @@ def test_never_above_another_initializer_nor_a_fine_grid(kind: str, bits: int) -
         fit, sample = optimal_scale(x, levels), Sample.of_tensor(x)
         bound = float(fit.error) * (1 - 1e-12) - 1e-14 * float(sample.energy)
         for initializer in (lsq, minmax):
-            assert bound <= float(sample.error(levels, usable(initializer(sample, levels), sample)))
+            assert bound <= float(sample.error(levels, usable(initializer(sample, levels), sample).step))
         for factor in torch.logspace(-3, 1, 200, base=2).tolist():
             assert bound <= float(sample.error(levels, fit.scale[None] * factor))
 

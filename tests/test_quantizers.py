@@ -58,7 +58,7 @@ class TestEveryQuantizer:
         sample, levels = Sample.of_tensor(x, 0), quantizer.level_set(bits, signed)
         errors = {}
         for name in ("optimal", initializer):
-            quantizer.start(usable(INITIALIZERS[name](sample, levels), sample), bits, signed)
+            quantizer.start(usable(INITIALIZERS[name](sample, levels), sample).step, bits, signed)
             errors[name] = (quantizer(x) - x).double().square().sum(1)
         # the forward pass rounds in float32; a value on a threshold may fall to either side at the same error
         assert bool((errors["optimal"] <= errors[initializer] * (1 + 1e-5)).all())

@@ -35,9 +35,9 @@ def test_optimum_on_a_sketch_beats_the_others_there(kind: str) -> None:
     sample = sketch_of(DISTRIBUTIONS[kind](50_000)).sample()
     for bits in range(1, 9):
         levels = uniform_levels(bits, signed=True)
-        best = float(sample.error(levels, usable(optimal(sample, levels), sample)))
+        best = float(sample.error(levels, usable(optimal(sample, levels), sample).step))
         for initializer in (lsq, minmax):
-            other = float(sample.error(levels, usable(initializer(sample, levels), sample)))
+            other = float(sample.error(levels, usable(initializer(sample, levels), sample).step))
             assert best <= other * (1 + 1e-12) + 1e-14 * float(sample.energy)
 
 

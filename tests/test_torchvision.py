@@ -49,7 +49,7 @@ class Classifier(pl.LightningModule):
         self.predictions = self.net(batch[0])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), 1e-4)  # moves every step that has a gradient, however small
+        return torch.optim.SGD(self.parameters(), 0.001)
 
 
 def published(name: str, **arguments) -> Build:
@@ -162,6 +162,7 @@ STAY_FLOAT = {
     "swin_t": LINEARS_OF_WINDOW_ATTENTION,
     "swin_v2_t": LINEARS_OF_WINDOW_ATTENTION,
 }
+WARNS = {"vit_b_16": "Calibration saw only zeros in net.heads.head.weight"}  # a head that starts at zero
 
 
 def test_no_family_is_missing() -> None:
@@ -176,7 +177,6 @@ def test_insert_calibrate_train_reload_and_test(name: str, make_trainer: Callabl
     build, size = MODELS[name], SIZES.get(name, SIZE)
     x, y = torch.randn(4, 3, size, size), torch.randint(CLASSES, (4,))
     model = Classifier(build())
-    learn_statistics(model.net, x)
     float_keys = model.state_dict().keys()
     unseen = [
         f"{layer}.{what}"
@@ -186,8 +186,8 @@ def test_insert_calibrate_train_reload_and_test(name: str, make_trainer: Callabl
     ]
 
     trainer = make_trainer(callback(), max_steps=2)
-    message = re.escape(f"Calibration saw no data for {shorten(unseen)}, which stay in float.")
-    with pytest.warns(UserWarning, match=message) if unseen else nullcontext():  # any other warning is an error
+    message = f"Calibration saw no data for {shorten(unseen)}, which stay in float" if unseen else WARNS.get(name)
+    with pytest.warns(UserWarning, match=re.escape(message)) if message else nullcontext():  # any other is an error
         trainer.fit(model, DataLoader(TensorDataset(x, y), batch_size=2))
     assert trainer.global_step == 2
 
@@ -212,15 +212,3 @@ def test_insert_calibrate_train_reload_and_test(name: str, make_trainer: Callabl
 
 def callback() -> QuantInitCallback:
     return QuantInitCallback(weight_bits=4, activation_bits=4, calibration_batches=1, print_report=False)
-
-
-def learn_statistics(net: nn.Module, x: Tensor) -> None:
-    """Give BatchNorm layers the statistics of their inputs, as training would: calibration runs in eval mode."""
-    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = None  # a plain average
-    with torch.no_grad():
-        net.train()(x)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum

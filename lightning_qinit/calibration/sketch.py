@@ -75,8 +75,8 @@ class Sketch:
 
     @property
     def signed(self) -> bool:
-        """Whether a negative value was seen."""
-        return self.minimum < 0
+        """Whether a negative value was seen, or nothing but zeros, which say nothing of a sign."""
+        return self.minimum < 0 or self.maximum <= 0
 
     def sample(self) -> Sample:
         """The data as one group: each key's values as three, evenly spread about their mean.

@@ -24,6 +24,7 @@ class ReportRow:
         error: relative squared error on the data that calibration saw.
         clipped: share of values more than half a step beyond the outermost levels.
         alternatives: the relative squared error that each other initializer would have had.
+        note: a guard that acted, a fallback that was taken; empty for nothing.
     """
 
     layer: str
@@ -35,6 +36,7 @@ class ReportRow:
     error: float
     clipped: float
     alternatives: Mapping[str, float]
+    note: str = ""
 
     @property
     def name(self) -> str:
@@ -68,7 +70,8 @@ def make_row(start: Start) -> ReportRow:
         step=float(start.step.mean()),
         error=error(start.step),
         clipped=sample.share_clipped(levels, start.step),
-        alternatives={name: error(usable(INITIALIZERS[name](sample, levels), sample)) for name in COMPARED},
+        alternatives={name: error(usable(INITIALIZERS[name](sample, levels), sample).step) for name in COMPARED},
+        note=start.note,
     )
 
 
@@ -94,6 +97,7 @@ def format_report(rows: Sequence[ReportRow], unseen: Sequence[str] = (), left_fl
     lines.insert(1, "-" * len(lines[0]))
     names = ", ".join(COMPARED)
     lines.append(f"error: squared error relative to the signal; then the same as a fraction of that of {names}.")
+    lines += [f"{row.name}: {row.note}." for row in rows if row.note]
     if unseen:
         lines.append(f"No data seen, left in float: {', '.join(unseen)}.")
     if left_float:

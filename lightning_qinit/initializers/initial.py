@@ -1,0 +1,39 @@
+"""What an initializer chose, made fit for use."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_qinit.functional.sample import Sample
+
+
+class Initial(NamedTuple):
+    """Where a quantizer starts.
+
+    Attributes:
+        step: float64, ``(groups,)``.
+        note: what the report should say about it: a guard that acted, a fallback that was taken.
+    """
+
+    step: Tensor
+    note: str = ""
+
+
+def usable(chosen: Tensor | Initial, sample: Sample, fallback: float = 1.0) -> Initial:
+    """Give every group a positive, finite step, whatever its data.
+
+    A group that has no nonzero value (an all-zero channel), or for which the initializer gave a step that is zero,
+    negative or not finite, takes the largest step of the other groups, and ``fallback`` if there is none.
+    """
+    initial = chosen if isinstance(chosen, Initial) else Initial(chosen)
+    step = initial.step
+    good = step.isfinite() & (step > 0) & (sample.energy > 0)
+    if good.all():
+        return initial
+    bad = int((~good).sum())
+    note = f"{bad} of {len(good)} channels without data" if good.any() else "no nonzero data"
+    replacement = step[good].max() if good.any() else torch.full_like(step[0], fallback)
+    return initial._replace(
+        step=torch.where(good, step, replacement), note="; ".join(filter(None, (initial.note, note)))
+    )
