@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -101,12 +101,15 @@ def _to_device(trainer: Trainer, batch: Any) -> Any:
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
-def run_step(trainer: Trainer, batch: Any, batch_idx: int) -> None:
+def run_step(trainer: Trainer, batch: Any, batch_idx: int) -> Any:
     """Call the module's ``training_step`` the way the loop does: through the strategy's wrapper and precision."""
     arguments = {"batch": batch}
     if is_param_in_hook_signature(trainer.lightning_module.training_step, "batch_idx", min_args=2):
         arguments["batch_idx"] = batch_idx
-    trainer.strategy.training_step(*arguments.values())
+    wrapped = trainer.strategy.model
+    # DDP must not wait for gradients of this pass
+    with wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext():
+        return trainer.strategy.training_step(*arguments.values())
 
 
 def pulls_batches_itself(module: LightningModule) -> bool:

@@ -1,8 +1,7 @@
 """The callback: one short method per hook, in the order in which Lightning calls them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -15,11 +14,11 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from lightning_qinit import _trainer
-from lightning_qinit.calibration import Observation, check_weights, plan, warn_blind
-from lightning_qinit.calibration.run import observe_batch, observe_training
-from lightning_qinit.config import LayerConfig, QuantConfig, plain, shorten
+from lightning_qinit.calibration import Observation, check_weights, set_statistics, warn_blind
+from lightning_qinit.calibration.run import choose_in_training
+from lightning_qinit.config import CalibrationConfig, LayerConfig, QuantConfig, plain, shorten
 from lightning_qinit.initializers import Initializer
-from lightning_qinit.insertion import QuantizedLayer, adopt_steps, float_parameters, insert, quantized_layers
+from lightning_qinit.insertion import adopt_steps, float_parameters, insert, named_quantizers, quantized_layers
 from lightning_qinit.monitoring import (
     AGGREGATES,
     Monitor,
@@ -27,7 +26,6 @@ from lightning_qinit.monitoring import (
     aggregates,
     format_report,
     make_row,
-    named_quantizers,
 )
 from lightning_qinit.quantizers import Quantizer
 
@@ -49,17 +47,34 @@ class QuantInitCallback(Callback):
         weight_bits: 1 to 8, or ``None`` to leave weights in float.
         activation_bits: 1 to 8, or ``None`` to leave the inputs of layers in float. Inputs that are never negative
             during calibration get unsigned levels.
-        quantizer: ``"lsq"``, a ``Quantizer`` subclass, or its import path.
-        initializer: ``"optimal"`` (least squared error, exactly), ``"lsq"`` (mean absolute value), ``"minmax"``,
-            a function ``(sample, levels) -> step``, or its import path.
+        quantizer: ``"lsq"``, ``"lsq+"``, ``"apot"``, ``"pact"``, ``"codebook"``, a ``Quantizer`` subclass, its import
+            path, or a mapping of one of these as ``name`` and of its options, such as
+            ``{"name": "lsq", "narrow_range": True}``.
+        initializer: ``"optimal"`` (least squared error, exactly), ``"minmax"``, ``"percentile"``, ``"lsq"``,
+            ``"lsq+"``, ``"sawb"``, ``"aciq"``, ``"aciq_gauss"``, ``"aciq_laplace"``, ``"kl"``, ``"mse_grid"``,
+            ``"constant"``, a function ``(sample, levels) -> step``, or its import path.
+        weight_quantizer: instead of ``quantizer`` for weights.
+        activation_quantizer: instead of ``quantizer`` for inputs.
+        weight_initializer: instead of ``initializer`` for weights.
+        activation_initializer: instead of ``initializer`` for inputs.
         per_channel: one step per output channel of a weight, or one per weight. Inputs have one step.
         first_last_bits: bits of the weight and the input of the first and the last layer to run; ``None`` to treat
             them as any other.
         calibration_batches: how many training batches calibration reads, over all ranks together.
+        criterion: how ``"optimal"`` weighs errors: ``"mse"`` alike; ``"fisher"`` by the squared gradients of the
+            training loss; ``"hessian"``, for weights, by the mean square of the inputs that they meet (layers that
+            are not linear in one weight, and inputs, weigh alike).
+        sequential: choose layer by layer in running order, each for inputs that come from layers already quantized,
+            instead of all at once on the float model. Takes a pass over the batches, kept in memory, per layer.
+        average_bits: choose 2 to 8 bits for each weight so that their total error is least and their average, over
+            all elements, at most this. ``None`` takes ``weight_bits`` everywhere. Bits set by ``overrides`` or
+            ``first_last_bits`` stay and do not count.
+        recalibrate_batchnorm: re-estimate BatchNorm statistics on the calibration batches under quantization, before
+            training starts.
         skip: glob patterns of layer names to leave in float, such as ``"encoder.*"``.
         overrides: glob patterns of layer names to settings that differ there: any of ``weight_bits``,
-            ``activation_bits``, ``quantizer``, ``initializer``, ``per_channel`` and ``first_last_bits``. Of several
-            patterns that match, later ones win.
+            ``activation_bits``, ``quantizer``, ``initializer``, the ``weight_`` and ``activation_`` forms of both,
+            ``per_channel`` and ``first_last_bits``. Of several patterns that match, later ones win.
         log_quantizers: whether to log steps and errors every ``log_every_n_steps``.
         print_report: whether to print the table of steps and errors after calibration.
 
@@ -76,30 +91,44 @@ class QuantInitCallback(Callback):
         self,
         weight_bits: int | None = 4,
         activation_bits: int | None = 4,
-        quantizer: str | type[Quantizer] = "lsq",
+        quantizer: str | type[Quantizer] | dict[str, Any] = "lsq",
         initializer: str | Initializer = "optimal",
+        weight_quantizer: str | type[Quantizer] | dict[str, Any] | None = None,
+        activation_quantizer: str | type[Quantizer] | dict[str, Any] | None = None,
+        weight_initializer: str | Initializer | None = None,
+        activation_initializer: str | Initializer | None = None,
         per_channel: bool = True,
         first_last_bits: int | None = 8,
         calibration_batches: int = 16,
+        criterion: Literal["mse", "fisher", "hessian"] = "mse",
+        sequential: bool = False,
+        average_bits: float | None = None,
+        recalibrate_batchnorm: bool = False,
         skip: Sequence[str] = (),
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
         log_quantizers: bool = True,
         print_report: bool = True,
     ) -> None:
-        if isinstance(calibration_batches, bool) or not isinstance(calibration_batches, int) or calibration_batches < 1:
-            raise ValueError(
-                f"`calibration_batches` must be a whole number of at least 1, got {calibration_batches!r}."
-            )
         default = LayerConfig(
             weight_bits=weight_bits,
             activation_bits=activation_bits,
             quantizer=quantizer,
             initializer=initializer,
+            weight_quantizer=weight_quantizer,
+            activation_quantizer=activation_quantizer,
+            weight_initializer=weight_initializer,
+            activation_initializer=activation_initializer,
             per_channel=per_channel,
             first_last_bits=first_last_bits,
         )
         self.config = QuantConfig(default, skip=skip, overrides=overrides or {})
-        self.calibration_batches = calibration_batches
+        self.calibration = CalibrationConfig(
+            batches=calibration_batches,
+            criterion=criterion,
+            sequential=sequential,
+            average_bits=average_bits,
+            recalibrate_batchnorm=recalibrate_batchnorm,
+        )
         self.log_quantizers = log_quantizers
         self.print_report = print_report
         self.report: list[ReportRow] = []
@@ -154,8 +183,7 @@ class QuantInitCallback(Callback):
         """Measure the batches of a logging step. Calibrate here on data that cannot be read ahead."""
         if self._waits_for_batch:
             self._waits_for_batch = False
-            layers = quantized_layers(pl_module)
-            self._start(trainer, pl_module, layers, observe_batch(trainer, pl_module, layers, batch))
+            self._start(trainer, pl_module, batch)
         if self._monitor is not None and _trainer.is_logging_batch(trainer):
             self._monitor.open()
 
@@ -163,7 +191,8 @@ class QuantInitCallback(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Give steps that are not in use a gradient of zero where DDP waits for one from every parameter."""
         if _trainer.needs_every_gradient(trainer):
-            idle = [q.step.sum() for q in self._idle(pl_module)]
+            quantizers = named_quantizers(quantized_layers(pl_module)).values()
+            idle = [p.sum() for q in quantizers if not q.is_calibrated for p in q.parameters()]
             if idle:
                 (0 * torch.stack(idle).sum()).backward()
 
@@ -212,7 +241,7 @@ class QuantInitCallback(Callback):
         differences = [
             f"{key}: {state_dict[key]!r} in the checkpoint, {value!r} in the callback"
             for key, value in plain(self.config).items()
-            if key != "initializer" and key in state_dict and state_dict[key] != value
+            if not key.endswith("initializer") and key in state_dict and state_dict[key] != value
         ]
         if differences:
             raise MisconfigurationException(
@@ -236,35 +265,30 @@ class QuantInitCallback(Callback):
         if _trainer.is_stream(trainer):
             self._waits_for_batch = True
             return
-        observation = observe_training(trainer, pl_module, layers, self.calibration_batches)
-        self._start(trainer, pl_module, layers, observation)
+        self._start(trainer, pl_module)
 
-    def _start(
-        self, trainer: Trainer, pl_module: LightningModule, layers: dict[str, QuantizedLayer], observation: Observation
-    ) -> None:
+    def _start(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         """Choose all steps, set them, and report."""
-        if not observation.first_run:
+        layers = quantized_layers(pl_module)
+        starts, seen, statistics = choose_in_training(trainer, pl_module, layers, self.calibration, *batch)
+        if not seen.first_run:
             rank_zero_warn("Calibration saw no training batch, so nothing is quantized.")
             return
-        starts = plan(layers, observation)
-        if trainer.world_size > 1:  # the same already but for rounding; exactly the same from here on
-            steps = trainer.strategy.broadcast([start.step.cpu() for start in starts])
-            starts = [replace(start, step=step) for start, step in zip(starts, steps, strict=True)]
         for start in starts:
             start.apply()
+        set_statistics(statistics)
         warn_blind(starts)
         self.report = [make_row(start) for start in starts]
         self._publish(trainer, aggregates([row.error for row in self.report]))
-        nonfinite = [name for name, sketch in observation.inputs.items() if sketch.nonfinite]
+        nonfinite = [name for name, sketch in seen.inputs.items() if sketch.nonfinite]
         if nonfinite:
-            rank_zero_warn(
-                f"Calibration met NaN or infinite values in the input of {shorten(nonfinite)}; they were left out."
-            )
-        self._show(trainer, pl_module, layers)
+            rank_zero_warn(f"Calibration met NaN or infinite values in {shorten(nonfinite)}; they were left out.")
+        self._show(trainer, pl_module, seen)
 
-    def _show(self, trainer: Trainer, pl_module: LightningModule, layers: dict[str, QuantizedLayer]) -> None:
-        started = {row.name for row in self.report}
-        unseen = [name for name, q in named_quantizers(layers).items() if name not in started]
+    def _show(self, trainer: Trainer, pl_module: LightningModule, seen: Observation) -> None:
+        layers = quantized_layers(pl_module)
+        served = {f"{name}.{what}" for name in seen.first_run for what in layers[name].optional_inputs}
+        unseen = [name for name, q in named_quantizers(layers).items() if not q.is_calibrated and name not in served]
         if unseen:
             rank_zero_warn(
                 f"Calibration saw no data for {shorten(unseen)}, which stay in float: their layers did not run, or "
@@ -277,10 +301,6 @@ class QuantInitCallback(Callback):
             if isinstance(logger, TensorBoardLogger):
                 indented = "\n".join("    " + line for line in text.splitlines())  # a code block in Markdown
                 logger.experiment.add_text("quantization", indented, 0)
-
-    def _idle(self, pl_module: LightningModule) -> list[Quantizer]:
-        quantizers = named_quantizers(quantized_layers(pl_module)).values()
-        return [q for q in quantizers if not q.is_calibrated]
 
     def _publish(self, trainer: Trainer, values: dict[str, float]) -> None:
         """Let other callbacks monitor the aggregates."""

@@ -1,13 +1,24 @@
 """What the user asks for, layer by layer."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
-from lightning_qinit.initializers import INITIALIZERS, Initializer
+import torch
+
+from lightning_qinit.functional.sample import Sample
+from lightning_qinit.initializers import INITIALIZERS, Initializer, initialize
 from lightning_qinit.quantizers import Quantizer
+
+Role = Literal["weight", "activation"]
+ROLES: tuple[Role, ...] = ("weight", "activation")
+PLURAL = {"weight": "weights", "activation": "inputs"}
+
+QuantizerChoice = str | type[Quantizer] | Mapping[str, Any]
+InitializerChoice = str | Initializer
 
 
 @dataclass(frozen=True)
@@ -17,37 +28,83 @@ class LayerConfig:
     Attributes:
         weight_bits: 1 to 8, or ``None`` to leave the weight in float.
         activation_bits: 1 to 8, or ``None`` to leave the input in float.
-        quantizer: a name, a ``Quantizer`` subclass, or its import path.
+        quantizer: a name, a ``Quantizer`` subclass, its import path, or a mapping of one of these as ``name`` and of
+            the quantizer's own options, such as ``{"name": "lsq", "narrow_range": True}``.
         initializer: a name, a function ``(sample, levels) -> step``, or its import path.
+        weight_quantizer: instead of ``quantizer`` for weights.
+        activation_quantizer: instead of ``quantizer`` for inputs.
+        weight_initializer: instead of ``initializer`` for weights.
+        activation_initializer: instead of ``initializer`` for inputs.
         per_channel: one weight step per output channel, or one per layer.
         first_last_bits: bits instead of both of the above if this is the first or the last layer to run; ``None``
             for no exception.
+        bits_are_set: whether ``overrides`` set the bits of the weight, so that ``average_bits`` leaves them alone.
     """
 
     weight_bits: int | None = 4
     activation_bits: int | None = 4
-    quantizer: str | type[Quantizer] = "lsq"
-    initializer: str | Initializer = "optimal"
+    quantizer: QuantizerChoice = "lsq"
+    initializer: InitializerChoice = "optimal"
+    weight_quantizer: QuantizerChoice | None = None
+    activation_quantizer: QuantizerChoice | None = None
+    weight_initializer: InitializerChoice | None = None
+    activation_initializer: InitializerChoice | None = None
     per_channel: bool = True
     first_last_bits: int | None = 8
+    bits_are_set: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         for argument in ("weight_bits", "activation_bits", "first_last_bits"):
             check_bits(argument, getattr(self, argument))
         if not isinstance(self.per_channel, bool):
             raise ValueError(f"`per_channel` must be True or False, got {self.per_channel!r}.")
-        quantizer_class(self.quantizer)
-        initializer_function(self.initializer)
+        for role in ROLES:
+            self.make_quantizer(role)
+            self.initializer_of(role)
+            bits = getattr(self, f"{role}_bits")
+            for number in dict.fromkeys(b for b in (bits, bits and self.first_last_bits) if b):
+                self._check_pair(role, number)
 
-    @property
-    def quantizer_class(self) -> type[Quantizer]:
-        """The class that ``quantizer`` names."""
-        return quantizer_class(self.quantizer)
+    def make_quantizer(self, role: Role) -> Callable[..., Quantizer]:
+        """What builds the quantizers of weights (``"weight"``) or inputs (``"activation"``)."""
+        argument, choice = self._choice(role, "quantizer")
+        return quantizer_factory(choice, argument)
 
-    @property
-    def initializer_function(self) -> Initializer:
-        """The function that ``initializer`` names."""
-        return initializer_function(self.initializer)
+    def initializer_of(self, role: Role) -> Initializer:
+        """The initializer of weights or inputs."""
+        argument, choice = self._choice(role, "initializer")
+        return initializer_function(choice, argument)
+
+    def _choice(self, role: Role, what: str) -> tuple[str, Any]:
+        own = f"{role}_{what}"
+        argument = what if getattr(self, own) is None else own
+        return argument, getattr(self, argument)
+
+    def _check_pair(self, role: Role, bits: int) -> None:
+        """Build a quantizer and let a named initializer see its levels: what they cannot do, they say here."""
+        argument, choice = self._choice(role, "quantizer")
+        try:
+            quantizer = self.make_quantizer(role)(bits, batch_axis=0 if role == "activation" else None)
+            level_sets = [
+                quantizer.level_set(bits, signed) for signed in ((True,) if role == "weight" else (True, False))
+            ]
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"`{argument}` = {choice!r} does not take {bits} bits for {PLURAL[role]}: {error}"
+            ) from error
+        argument, choice = self._choice(role, "initializer")
+        if not isinstance(choice, str) or choice not in INITIALIZERS:
+            return  # what a user's own function does with made-up data is its own affair
+        values = torch.tensor([[-1.0, 0.25, 0.5, 1.0]], dtype=torch.float64)
+        try:
+            for levels in level_sets:
+                data = values if levels[0] < 0 else values.abs()
+                initialize(self.initializer_of(role), Sample.of_tensor(data), levels, quantizer.has_offset)
+        except ValueError as error:
+            raise ValueError(
+                f"`{argument}` = {choice!r} does not apply to {PLURAL[role]} with {bits} bits: {error} "
+                f"(`{role}_initializer` sets that of {PLURAL[role]} alone.)"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -69,7 +126,7 @@ class QuantConfig:
         if isinstance(self.skip, str):
             raise ValueError(f"`skip` must be a sequence of glob patterns, got the string {self.skip!r}.")
         for pattern, settings in self.overrides.items():
-            known = {setting.name for setting in fields(LayerConfig)}
+            known = {setting.name for setting in fields(LayerConfig)} - {"bits_are_set"}
             if not isinstance(settings, Mapping) or not known.issuperset(settings):
                 raise ValueError(
                     f"`overrides[{pattern!r}]` must map some of {sorted(known)} to values, got {settings!r}."
@@ -83,8 +140,12 @@ class QuantConfig:
         config = self.default
         for pattern, settings in self.overrides.items():
             if fnmatchcase(name, pattern):
-                own_bits = {"weight_bits", "activation_bits"} & settings.keys()
-                config = replace(config, **{**({"first_last_bits": None} if own_bits else {}), **settings})
+                implied: dict[str, Any] = {}
+                if {"weight_bits", "activation_bits"} & settings.keys():
+                    implied["first_last_bits"] = None
+                if "weight_bits" in settings:
+                    implied["bits_are_set"] = True
+                config = replace(config, **{**implied, **settings})
         return None if config.weight_bits is None and config.activation_bits is None else config
 
     def check_patterns(self, names: Iterable[str]) -> None:
@@ -99,32 +160,63 @@ class QuantConfig:
                     )
 
 
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """How the steps are chosen.
+
+    Attributes:
+        batches: how many training batches to read, over all ranks together.
+        criterion: how the optimum weighs errors: ``"mse"`` alike; ``"fisher"`` by the squared gradients of the loss;
+            ``"hessian"``, for weights, by the mean square of the inputs that they meet.
+        sequential: whether to choose layer by layer, each for inputs from layers already quantized.
+        average_bits: bits of weights on average, 2 to 8, allocated over the layers; ``None`` to leave them as set.
+        recalibrate_batchnorm: whether to re-estimate BatchNorm statistics under quantization.
+    """
+
+    batches: int = 16
+    criterion: Literal["mse", "fisher", "hessian"] = "mse"
+    sequential: bool = False
+    average_bits: float | None = None
+    recalibrate_batchnorm: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.batches, bool) or not isinstance(self.batches, int) or self.batches < 1:
+            raise ValueError(f"`calibration_batches` must be a whole number of at least 1, got {self.batches!r}.")
+        if self.criterion not in ("mse", "fisher", "hessian"):
+            raise ValueError(f"`criterion` must be 'mse', 'fisher' or 'hessian', got {self.criterion!r}.")
+        for argument in ("sequential", "recalibrate_batchnorm"):
+            if not isinstance(getattr(self, argument), bool):
+                raise ValueError(f"`{argument}` must be True or False, got {getattr(self, argument)!r}.")
+        average = self.average_bits
+        if average is not None and (isinstance(average, bool) or not 2 <= average <= 8):
+            raise ValueError(f"`average_bits` must be a number from 2 to 8, or None, got {average!r}.")
+
+
 def check_bits(argument: str, bits: int | None) -> None:
     """Raise ``ValueError`` unless ``bits`` is a whole number from 1 to 8, or ``None``."""
     if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8):
         raise ValueError(f"`{argument}` must be a whole number from 1 to 8, or None, got {bits!r}.")
 
 
-def quantizer_class(quantizer: str | type[Quantizer]) -> type[Quantizer]:
-    """The class of a quantizer given as a name, a class or an import path."""
-    if isinstance(quantizer, str):
-        found = Quantizer.registry.get(quantizer) or _import(quantizer)
-    else:
-        found = quantizer
+def quantizer_factory(choice: QuantizerChoice, argument: str = "quantizer") -> Callable[..., Quantizer]:
+    """What builds a quantizer given as a name, a class, an import path, or a mapping of these and options."""
+    options = dict(choice) if isinstance(choice, Mapping) else {"name": choice}
+    name = options.pop("name", None)
+    found = Quantizer.registry.get(name) or _import(name) if isinstance(name, str) else name
     if not (isinstance(found, type) and issubclass(found, Quantizer)):
         raise ValueError(
-            f"`quantizer` must be one of {sorted(Quantizer.registry)}, a Quantizer subclass or its import path, "
-            f"got {quantizer!r}."
+            f"`{argument}` must be one of {sorted(Quantizer.registry)}, a Quantizer subclass, its import path, or a "
+            f"mapping with one of these as `name` and its options, got {choice!r}."
         )
-    return found
+    return partial(found, **options)
 
 
-def initializer_function(initializer: str | Initializer) -> Initializer:
+def initializer_function(choice: InitializerChoice, argument: str = "initializer") -> Initializer:
     """The function of an initializer given as a name, a function or an import path."""
-    found = INITIALIZERS.get(initializer) or _import(initializer) if isinstance(initializer, str) else initializer
+    found = INITIALIZERS.get(choice) or _import(choice) if isinstance(choice, str) else choice
     if not callable(found):
         raise ValueError(
-            f"`initializer` must be one of {sorted(INITIALIZERS)}, a function or its import path, got {initializer!r}."
+            f"`{argument}` must be one of {sorted(INITIALIZERS)}, a function or its import path, got {choice!r}."
         )
     return found
 
@@ -142,21 +234,24 @@ def _import(path: str) -> Any:
 
 def plain(config: QuantConfig) -> dict[str, Any]:
     """The settings as plain types, for checkpoints: classes and functions become names or import paths."""
-    settings: dict[str, Any] = {f.name: _plain(getattr(config.default, f.name)) for f in fields(LayerConfig)}
+    names = [setting.name for setting in fields(LayerConfig) if setting.name != "bits_are_set"]
+    settings: dict[str, Any] = {name: _plain(getattr(config.default, name)) for name in names}
     settings["skip"] = list(config.skip)
-    settings["overrides"] = {
-        pattern: {key: _plain(value) for key, value in values.items()} for pattern, values in config.overrides.items()
-    }
+    settings["overrides"] = {pattern: _plain(values) for pattern, values in config.overrides.items()}
     return settings
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
     if isinstance(value, type) and issubclass(value, Quantizer) and Quantizer.registry.get(value.name) is value:
         return value.name
     if callable(value):
-        function = getattr(value, "__qualname__", type(value).__qualname__)
-        named = INITIALIZERS.get(function) is value
-        return function if named else f"{value.__module__}.{function}"
+        known = {function: name for name, function in INITIALIZERS.items()}
+        path = f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+        return known.get(value, path)
     return value
 
 

@@ -1,13 +1,20 @@
 """The same without a Trainer: quantize and calibrate any ``torch.nn.Module``."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_qinit.calibration import calibration_mode, observe, plan, restored, warn_blind
-from lightning_qinit.config import LayerConfig, QuantConfig
+from lightning_qinit.calibration import (
+    Passes,
+    calibration_mode,
+    restored,
+    set_statistics,
+    trained_norms,
+    warn_blind,
+)
+from lightning_qinit.config import CalibrationConfig, LayerConfig, QuantConfig
 from lightning_qinit.insertion import insert, quantized_layers
 from lightning_qinit.monitoring import ReportRow, make_row
 
@@ -24,8 +31,9 @@ def prepare(
         module: any module.
         skip: glob patterns of layer names to leave in float.
         overrides: glob patterns of layer names to settings that differ there.
-        **settings: ``weight_bits``, ``activation_bits``, ``quantizer``, ``initializer``, ``per_channel`` and
-            ``first_last_bits``, as in :class:`~lightning_qinit.QuantInitCallback`.
+        **settings: ``weight_bits``, ``activation_bits``, ``quantizer`` and ``initializer`` (also with ``weight_`` or
+            ``activation_`` before them), ``per_channel`` and ``first_last_bits``, as in
+            :class:`~lightning_qinit.QuantInitCallback`.
 
     Returns:
         The module.
@@ -38,7 +46,13 @@ def prepare(
 
 
 def calibrate(
-    module: nn.Module, batches: Iterable[Any], step: Callable[[nn.Module, Any], Any] | None = None
+    module: nn.Module,
+    batches: Iterable[Any],
+    step: Callable[[nn.Module, Any], Any] | None = None,
+    criterion: Literal["mse", "fisher", "hessian"] = "mse",
+    sequential: bool = False,
+    average_bits: float | None = None,
+    recalibrate_batchnorm: bool = False,
 ) -> list[ReportRow]:
     """Start the steps of a prepared module at the least error on some batches.
 
@@ -49,20 +63,35 @@ def calibrate(
         module: a module that went through :func:`prepare`.
         batches: whatever ``step`` takes.
         step: runs the module on a batch; ``None`` calls it with the batch, a tuple or list being its positional
-            arguments and a mapping its keyword arguments.
+            arguments and a mapping its keyword arguments. With ``criterion="fisher"`` it returns the loss.
+        criterion: how the optimum weighs errors, as in :class:`~lightning_qinit.QuantInitCallback`.
+        sequential: layer by layer, as there.
+        average_bits: as there.
+        recalibrate_batchnorm: as there.
 
     Returns:
         A row per quantizer: its step, its error and what other initializers would have cost.
     """
-    layers = quantized_layers(module)
-    with torch.no_grad(), restored(module), observe(layers) as observation:
+    config = CalibrationConfig(
+        criterion=criterion,
+        sequential=sequential,
+        average_bits=average_bits,
+        recalibrate_batchnorm=recalibrate_batchnorm,
+    )
+
+    def run(batch: Any, index: int) -> list[Tensor]:
+        output = (step or _call)(module, batch)
+        if criterion == "fisher" and not (isinstance(output, Tensor) and output.requires_grad):
+            raise ValueError(f"`criterion` = 'fisher' needs a `step` that returns a loss, got {type(output).__name__}.")
+        return [output]
+
+    norms = trained_norms(module)
+    with torch.no_grad(), restored(module):
         calibration_mode(module)
-        for batch in batches:
-            (step or _call)(module, batch)
-            observation.end_batch()
-    starts = plan(layers, observation)
+        starts, _, statistics = Passes(batches, run).choose(quantized_layers(module), config, norms)
     for start in starts:
         start.apply()
+    set_statistics(statistics)
     warn_blind(starts)
     return [make_row(start) for start in starts]
 

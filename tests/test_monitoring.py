@@ -44,8 +44,8 @@ def test_metrics_refuse_different_shapes_and_take_half_precision() -> None:
 
 
 def test_report_rows_are_what_the_tensors_say() -> None:
-    model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
-    x = torch.randn(200, 16)
+    model = nn.Sequential(nn.Linear(40, 8), nn.ReLU(), nn.Linear(8, 4))
+    x = torch.randn(200, 40)
     weight = model[0].weight.detach().clone()
     prepare(model, weight_bits=3, activation_bits=2, first_last_bits=None)
     rows = {row.name: row for row in calibrate(model, [x])}

@@ -23,8 +23,7 @@ from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerB
 
 from lightning_qinit import QuantInitCallback
 from lightning_qinit.config import shorten
-from lightning_qinit.insertion import quantized_layers
-from lightning_qinit.monitoring import named_quantizers
+from lightning_qinit.insertion import named_quantizers, quantized_layers
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers:UserWarning",  # Lightning's advice; the data are four images in memory

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
+from torch import Tensor
 
 from lightning_qinit._trainer import isolate_rng
 from lightning_qinit.calibration.mode import calibration_mode
@@ -14,31 +15,35 @@ from lightning_qinit.calibration.restore import restored
 
 
 @contextmanager
-def dry_run(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+def dry_run(trainer: Trainer, module: LightningModule) -> Iterator[list[Tensor]]:
     """While open, ``training_step`` computes and leaves nothing behind.
 
     Modules are in :func:`calibration_mode` and gradients are off. What the step logs goes nowhere, optimizers and
-    schedulers do not step. Afterwards every parameter, buffer, attribute and
-    container of the modules (metric states and lists of outputs among them) and every random state is as before,
-    also if the step raised. A module may define ``calibration_step(batch, batch_idx)`` to be run instead.
+    schedulers do not step. Afterwards every parameter, buffer, attribute and container of the modules (metric states
+    and lists of outputs among them) and every random state is as before, also if the step raised. A module may define
+    ``calibration_step(batch, batch_idx)`` to be run instead.
+
+    Gives the list that losses passed to ``manual_backward`` are added to.
     """
     with ExitStack() as stack:
         stack.enter_context(isolate_rng())
         stack.enter_context(restored(module))
-        stack.enter_context(_silenced(trainer, module))
+        losses: list[Tensor] = []
+        stack.enter_context(_silenced(trainer, module, losses))
         stack.enter_context(torch.no_grad())
         calibration_mode(module)
-        yield
+        yield losses
 
 
 @contextmanager
-def _silenced(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+def _silenced(trainer: Trainer, module: LightningModule, losses: list[Tensor]) -> Iterator[None]:
     def nothing(*args: Any, **kwargs: Any) -> None:
         return None
 
     idle: dict[str, Any] = dict.fromkeys(
-        ("log", "log_dict", "manual_backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients"), nothing
+        ("log", "log_dict", "toggle_optimizer", "untoggle_optimizer", "clip_gradients"), nothing
     )
+    idle["manual_backward"] = lambda loss, *args, **kwargs: losses.append(loss)
     optimizers, lr_schedulers = module.optimizers, module.lr_schedulers
     idle["optimizers"] = lambda *args, **kwargs: _each(optimizers(*args, **kwargs), _Idle)
     idle["lr_schedulers"] = lambda: _each(lr_schedulers(), _Idle)

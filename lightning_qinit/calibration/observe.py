@@ -1,8 +1,9 @@
 """Watching what flows into the quantizers while a module runs."""
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,25 +12,55 @@ from lightning_qinit.calibration.sketch import Sketch
 from lightning_qinit.functional.sample import float64_device
 from lightning_qinit.insertion import QuantizedLayer
 
+Criterion = Literal["mse", "fisher", "hessian"]
+
 
 class Observation:
     """What was seen of a set of layers.
 
     Attributes:
-        inputs: one sketch per layer that has an input quantizer and ran.
+        inputs: one sketch per input quantizer that saw data, by its logged name.
         first_run: layers in the order in which they first ran.
         last_run: the layer that ran last in the first batch; ``None`` if none did.
+        criterion: what the importances below are; with ``"mse"`` there are none.
+        weight_importance: a tensor like the weight per weight quantizer.
+        input_importance: a weighted sketch per input quantizer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, criterion: Criterion = "mse") -> None:
         self.inputs: dict[str, Sketch] = {}
         self.first_run: list[str] = []
         self.last_run: str | None = None
+        self.criterion = criterion
+        self.weight_importance: dict[str, Tensor] = {}
+        self.input_importance: dict[str, Sketch] = {}
         self._first_batch = True
+        self._seen: list[tuple[str, Tensor]] = []  # inputs of this batch that wait for their gradient
 
     def end_batch(self) -> None:
         """Tell that a batch is complete: the order of layers is that of the first."""
         self._first_batch = self._first_batch and not self.first_run
+        self._seen.clear()
+
+    def differentiate(self, layers: Mapping[str, QuantizedLayer], losses: Sequence[Tensor]) -> None:
+        """Add the squared gradients of a batch's loss (the empirical Fisher information, taken batch by batch)."""
+        weights = [(f"{name}.{what}", w) for name, layer in layers.items() for what, w in layer.weights().items()]
+        weights = [(name, w) for name, w in weights if w.requires_grad]
+        total = torch.stack([loss.sum() for loss in losses]).sum()
+        tensors = [tensor for _, tensor in weights + self._seen]
+        gradients = torch.autograd.grad(total, tensors, allow_unused=True)
+        squares = [None if g is None else g.to(float64_device(g)).double().square() for g in gradients]
+        for (name, _), square in zip(weights, squares[: len(weights)], strict=True):
+            if square is not None:
+                self.add_weight_importance(name, square)
+        for (name, x), square in zip(self._seen, squares[len(weights) :], strict=True):
+            if square is not None:
+                sketch = self.input_importance.setdefault(name, Sketch(float64_device(x), weighted=True))
+                sketch.update(x, square)
+
+    def add_weight_importance(self, name: str, importance: Tensor) -> None:
+        """Add to the importance of a weight."""
+        self.weight_importance[name] = self.weight_importance.get(name, torch.zeros_like(importance)) + importance
 
     def _ran(self, name: str) -> None:
         if self._first_batch:
@@ -37,24 +68,32 @@ class Observation:
         if name not in self.first_run:
             self.first_run.append(name)
 
-    def _saw(self, name: str, x: Tensor) -> None:
-        if x.is_floating_point():
-            self.inputs.setdefault(name, Sketch(float64_device(x))).update(x)
+    def _saw(self, name: str, x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x
+        self.inputs.setdefault(name, Sketch(float64_device(x))).update(x)
+        if self.criterion == "fisher":
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            self._seen.append((name, x))
+        return x
 
 
 @contextmanager
-def observe(layers: dict[str, QuantizedLayer]) -> Iterator[Observation]:
+def observe(layers: Mapping[str, QuantizedLayer], criterion: Criterion = "mse") -> Iterator[Observation]:
     """Watch the layers while the context is open: the order in which they run, and their inputs.
+
+    With ``"hessian"`` also the mean square of the inputs that each weight meets. With ``"fisher"`` gradients must be
+    on, and :meth:`Observation.differentiate` be called with the loss of each batch.
 
     Runs eagerly, also where the module is compiled, since compiled code need not call hooks.
     """
-    observation = Observation()
+    observation = Observation(criterion)
     handles = []
     try:
         for name, layer in layers.items():
-            handles.append(layer.register_forward_pre_hook(_runs(observation, name)))
-            if layer.input_quantizer is not None:
-                handles.append(layer.input_quantizer.register_forward_pre_hook(_sees(observation, name)))
+            handles.append(layer.register_forward_pre_hook(_runs(observation, name), with_kwargs=True))
+            for what, quantizer in layer.input_quantizers().items():
+                handles.append(quantizer.register_forward_pre_hook(_sees(observation, f"{name}.{what}")))
         with torch.compiler.set_stance("force_eager"):
             yield observation
     finally:
@@ -63,14 +102,37 @@ def observe(layers: dict[str, QuantizedLayer]) -> Iterator[Observation]:
 
 
 def _runs(observation: Observation, name: str) -> Any:
-    def hook(module: nn.Module, args: Any) -> None:
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert isinstance(layer, QuantizedLayer)
         observation._ran(name)
+        if observation.criterion == "hessian" and layer.linear and "weight" in layer.weights():
+            observation.add_weight_importance(f"{name}.weight", _squares_met(layer, args, kwargs))
 
     return hook
 
 
 def _sees(observation: Observation, name: str) -> Any:
-    def hook(module: nn.Module, args: tuple[Tensor]) -> None:
-        observation._saw(name, args[0])
+    def hook(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (observation._saw(name, args[0]),)
 
     return hook
+
+
+def _squares_met(layer: QuantizedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The sum of squares of the inputs that each element of the weight is multiplied with.
+
+    The output is linear in the weight, so this is the gradient of its sum, taken on squared inputs.
+    """
+
+    def squared(x: Any) -> Any:
+        return x.detach().float().square() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    weight: Tensor = layer.weight  # type: ignore[assignment]  # linear layers have one
+    zero = torch.zeros_like(weight, dtype=torch.float32, requires_grad=True)
+    twin = copy.copy(layer)  # shares everything but what is set here
+    twin.__class__ = layer.float_class  # type: ignore[assignment]
+    vars(twin)["_parameters"] = {"weight": zero, "bias": None}
+    with torch.enable_grad(), torch.autocast(weight.device.type, enabled=False):
+        output = twin.forward(*map(squared, args), **{key: squared(value) for key, value in kwargs.items()})
+        (gradient,) = torch.autograd.grad(output.sum(), zero)
+    return gradient.to(float64_device(gradient)).double()

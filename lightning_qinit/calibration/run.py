@@ -1,92 +1,129 @@
 """The calibration pass of a Trainer."""
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from lightning_qinit._trainer import pulls_batches_itself, run_step, training_batches
+from lightning_qinit.calibration.batchnorm import Statistics, trained_norms
 from lightning_qinit.calibration.dry_run import dry_run
-from lightning_qinit.calibration.observe import Observation, observe
+from lightning_qinit.calibration.initialize import Start
+from lightning_qinit.calibration.observe import Observation
+from lightning_qinit.calibration.passes import Passes
 from lightning_qinit.calibration.sketch import Sketch
+from lightning_qinit.config import CalibrationConfig
 from lightning_qinit.functional.sample import float64_device
 from lightning_qinit.insertion import QuantizedLayer
 
+NOTHING: Any = object()
 
-def observe_training(
-    trainer: Trainer, module: LightningModule, layers: dict[str, QuantizedLayer], batches: int
-) -> Observation:
-    """Run the module's step on the first training batches without a trace, and watch the layers.
+
+def choose_in_training(
+    trainer: Trainer,
+    module: LightningModule,
+    layers: Mapping[str, QuantizedLayer],
+    config: CalibrationConfig,
+    batch: Any = NOTHING,
+) -> tuple[list[Start], Observation, Statistics]:
+    """Run the module's step on the first training batches without a trace, and choose where quantizers start.
 
     Args:
         trainer: a trainer that is about to fit.
         module: its module.
-        layers: the layers to watch.
-        batches: how many batches, over all ranks together.
+        layers: the layers to start.
+        config: how to calibrate.
+        batch: one batch at hand, for data that cannot be read ahead.
 
     Raises:
         MisconfigurationException: if ``training_step`` takes the loader's iterator and there is no
             ``calibration_step``.
         RuntimeError: if the step raised; the module is as before then.
     """
-    _check_step(module)
-    with dry_run(trainer, module), observe(layers) as observation:
-        here = math.ceil(batches / trainer.world_size)
-        with training_batches(trainer, here) as loader, _progress(trainer, here) as bar:
-            for batch_idx, batch in enumerate(loader):
-                _step(trainer, module, batch, batch_idx)
-                observation.end_batch()
-                bar.update()
-    return _over_ranks(trainer, layers, observation)
-
-
-def observe_batch(
-    trainer: Trainer, module: LightningModule, layers: dict[str, QuantizedLayer], batch: Any
-) -> Observation:
-    """As :func:`observe_training`, on one batch at hand, for data that cannot be read ahead."""
-    _check_step(module)
-    with dry_run(trainer, module), observe(layers) as observation:
-        _step(trainer, module, batch, 0)
-    return _over_ranks(trainer, layers, observation)
-
-
-def _check_step(module: LightningModule) -> None:
     if pulls_batches_itself(module) and not hasattr(module, "calibration_step"):
         raise MisconfigurationException(
             f"`{type(module).__name__}.training_step` takes `dataloader_iter`, which calibration cannot feed: define "
             "`calibration_step(batch, batch_idx)` in the module."
         )
+    norms = trained_norms(module)
+    with dry_run(trainer, module) as losses, _batches(trainer, config.batches, batch) as batches:
+
+        def step(batch: Any, index: int) -> list[Tensor]:
+            losses.clear()
+            output = _step(trainer, module, batch, index)
+            loss = output["loss"] if isinstance(output, Mapping) and "loss" in output else output
+            found = losses + ([loss] if isinstance(loss, Tensor) else [])
+            if config.criterion == "fisher" and not any(loss.requires_grad for loss in found):
+                raise MisconfigurationException(
+                    f"`criterion` = 'fisher' needs a loss with gradients, and `{_step_name(module)}` returned none."
+                )
+            return found
+
+        passes = Passes(batches, step, lambda some, seen: _over_ranks(trainer, some, seen))
+        starts, seen, statistics = passes.choose(layers, config, norms)
+        if trainer.world_size > 1:  # the same already but for rounding; exactly the same from here on
+            strategy = trainer.strategy
+            steps = strategy.broadcast([(start.bits, start.step.cpu(), start.offset) for start in starts])
+            starts = [start.at(*chosen) for start, chosen in zip(starts, steps, strict=True)]
+            statistics = [
+                (norm, strategy.reduce(mean, reduce_op="mean"), strategy.reduce(variance, reduce_op="mean"))
+                for norm, mean, variance in statistics
+            ]
+    return starts, seen, statistics
 
 
-def _step(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+@contextmanager
+def _batches(trainer: Trainer, most: int, batch: Any) -> Iterator[Any]:
+    if batch is not NOTHING:
+        yield [batch]
+        return
+    here = math.ceil(most / trainer.world_size)
+    shown = trainer.is_global_zero and getattr(trainer.progress_bar_callback, "is_enabled", False)
+    with training_batches(trainer, here) as batches:
+        yield tqdm(batches, total=here, desc="Calibrating", leave=False, dynamic_ncols=True, disable=not shown)
+
+
+def _step(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> Any:
     try:
-        run_step(trainer, batch, batch_idx)
+        return run_step(trainer, batch, batch_idx)
     except Exception as error:
-        step = "calibration_step" if hasattr(module, "calibration_step") else "training_step"
         raise RuntimeError(
-            f"`{type(module).__name__}.{step}` raised {type(error).__name__} on calibration batch {batch_idx}: "
+            f"`{_step_name(module)}` raised {type(error).__name__} on calibration batch {batch_idx}: "
             f"{error} (It runs without gradients and in eval mode; where it cannot, define "
             "`calibration_step(batch, batch_idx)`, which calls the layers and computes no loss.)"
         ) from error
 
 
-def _progress(trainer: Trainer, total: int) -> "tqdm[None]":
-    shown = trainer.is_global_zero and getattr(trainer.progress_bar_callback, "is_enabled", False)
-    return tqdm(total=total, desc="Calibrating", leave=False, dynamic_ncols=True, disable=not shown)
+def _step_name(module: LightningModule) -> str:
+    return f"{type(module).__name__}.{'calibration_step' if hasattr(module, 'calibration_step') else 'training_step'}"
 
 
-def _over_ranks(trainer: Trainer, layers: dict[str, QuantizedLayer], observation: Observation) -> Observation:
+def _over_ranks(trainer: Trainer, layers: Mapping[str, QuantizedLayer], observation: Observation) -> Observation:
     """Add the data of all ranks; the order of layers is that of rank zero."""
     if trainer.world_size == 1:
         return observation
-    order = trainer.strategy.broadcast((observation.first_run, observation.last_run))
+    strategy = trainer.strategy
+    order = strategy.broadcast((observation.first_run, observation.last_run))
     observation.first_run, observation.last_run = order
     for name, layer in layers.items():  # a rank that did not run a layer still takes part in its sum
-        if layer.input_quantizer is None:
-            continue
-        sketch = observation.inputs.setdefault(name, Sketch(float64_device(layer.input_quantizer.step)))
-        sketch.table = trainer.strategy.reduce(sketch.table, reduce_op="sum")
-        sketch.extremes = trainer.strategy.reduce(sketch.extremes, reduce_op="max")
+        for what, quantizer in layer.input_quantizers().items():
+            device = float64_device(quantizer.step)
+            kinds: Sequence[tuple[dict[str, Sketch], bool]] = [(observation.inputs, False)]
+            if observation.criterion == "fisher":
+                kinds = [*kinds, (observation.input_importance, True)]
+            for sketches, weighted in kinds:
+                sketch = sketches.setdefault(f"{name}.{what}", Sketch(device, weighted))
+                sketch.table = strategy.reduce(sketch.table, reduce_op="sum")
+                sketch.extremes = strategy.reduce(sketch.extremes, reduce_op="max")
+        if observation.criterion != "mse":
+            for what, weight in layer.weights().items():
+                zeros = torch.zeros(weight.shape, dtype=torch.float64, device=float64_device(weight))
+                importance = observation.weight_importance.get(f"{name}.{what}", zeros)
+                observation.weight_importance[f"{name}.{what}"] = strategy.reduce(importance, reduce_op="sum")
     return observation

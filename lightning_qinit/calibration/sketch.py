@@ -21,28 +21,45 @@ class Sketch:
 
     Values are read as float32 (float64 input is rounded to it).
 
+    A sketch of weighted data holds sums of weights instead of counts, in float64: the same up to rounding then.
+
+    Args:
+        device: where to sum.
+        weighted: whether the data come with weights.
+
     Attributes:
-        table: ``(3, 2^18)`` int64: count, sum and sum of squares of the low bits, per key. All-reduce with SUM.
+        table: ``(3, 2^18)`` int64 (float64 if weighted): count, sum and sum of squares of the low bits, per key.
+            All-reduce with SUM.
         extremes: ``(2,)`` float32: minus the least and the greatest finite value. All-reduce with MAX.
     """
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.table = torch.zeros(3, _KEYS, dtype=torch.int64, device=device)
+    def __init__(self, device: torch.device | str = "cpu", weighted: bool = False) -> None:
+        self.table = torch.zeros(3, _KEYS, dtype=torch.float64 if weighted else torch.int64, device=device)
         self.extremes = torch.full((2,), -torch.inf, dtype=torch.float32, device=device)
 
     @torch.no_grad()
-    def update(self, x: Tensor) -> None:
-        """Add all values of a floating-point tensor."""
+    def update(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Add all values of a floating-point tensor, with a weight each if the sketch is weighted."""
         if x.numel() == 0:
             return
-        for part in x.detach().to(self.table.device, torch.float32).flatten().split(_CHUNK):
+        parts = x.detach().to(self.table.device, torch.float32).flatten().split(_CHUNK)
+        if weights is None:
+            weight_parts: tuple[Tensor | None, ...] = (None,) * len(parts)
+        else:
+            weight_parts = weights.detach().to(self.table.device, torch.float64).flatten().split(_CHUNK)
+        for part, weight in zip(parts, weight_parts, strict=True):
             bits = part.contiguous().view(torch.int32)
             key = (bits >> _LOW_BITS).bitwise_and_(_KEYS - 1)
             low = bits.bitwise_and(2**_LOW_BITS - 1).to(torch.float64)
-            self.table[0] += torch.bincount(key, minlength=_KEYS)
-            # whole numbers in float64, below 2^53: exact, whatever the order of summation
-            self.table[1] += torch.bincount(key, low, _KEYS).to(torch.int64)
-            self.table[2] += torch.bincount(key, low.square_(), _KEYS).to(torch.int64)
+            if weight is None:
+                self.table[0] += torch.bincount(key, minlength=_KEYS)
+                # whole numbers in float64, below 2^53: exact, whatever the order of summation
+                self.table[1] += torch.bincount(key, low, _KEYS).to(torch.int64)
+                self.table[2] += torch.bincount(key, low.square_(), _KEYS).to(torch.int64)
+            else:
+                self.table[0] += torch.bincount(key, weight, _KEYS)
+                self.table[1] += torch.bincount(key, weight * low, _KEYS)
+                self.table[2] += torch.bincount(key, weight * low.square_(), _KEYS)
             finite = part.isfinite()
             low, high = torch.where(finite, part, torch.inf).amin(), torch.where(finite, part, -torch.inf).amax()
             self.extremes = torch.maximum(self.extremes, torch.stack((-low, high)))

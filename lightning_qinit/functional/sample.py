@@ -41,6 +41,14 @@ class Sample:
         weights = torch.ones((), dtype=rows.dtype, device=rows.device).expand_as(rows)
         return cls(rows, weights, minimum, maximum)
 
+    @classmethod
+    def of_values(cls, values: Tensor, weights: Tensor) -> "Sample":
+        """Weighted values, both ``(groups, n)`` in float64; the range is that of values that have a weight."""
+        counts = weights > 0
+        minimum = torch.where(counts, values, torch.inf).amin(1)
+        maximum = torch.where(counts, values, -torch.inf).amax(1)
+        return cls(values, weights, minimum, maximum)
+
     @property
     def count(self) -> Tensor:
         """Total weight of each group, ``(groups,)``."""
@@ -55,6 +63,25 @@ class Sample:
         """Weighted mean over each group of ``values``, ``(groups, n)``; 0 for a group without data."""
         count = self.count
         return (self.weights * values).sum(1) / torch.where(count > 0, count, 1.0)
+
+    def deviation(self) -> Tensor:
+        """Standard deviation of each group, ``(groups,)``."""
+        mean = self.mean(self.values)
+        return self.mean((self.values - mean[:, None]).square()).sqrt()
+
+    def quantile(self, share: float, magnitude: bool = False) -> Tensor:
+        """The least value of each group (or magnitude) that at least ``share`` of its data do not exceed."""
+        values, order = (self.values.abs() if magnitude else self.values).sort(dim=1)
+        below = self.weights.gather(1, order).cumsum(1)
+        # the sum rounds: a relative 1e-12 keeps an exact share from slipping to the next value
+        index = (below < share * below[:, -1:] * (1 - 1e-12)).sum(1, keepdim=True).clamp(max=values.shape[1] - 1)
+        return values.gather(1, index)[:, 0]
+
+    def shifted(self, offset: Tensor) -> "Sample":
+        """The data minus an offset per group, ``(groups,)``."""
+        offset = offset.to(self.values)
+        values = self.values - offset[:, None]
+        return Sample(values, self.weights, self.minimum - offset, self.maximum - offset)
 
     def error(self, levels: Tensor, scale: Tensor) -> Tensor:
         """Sum of squared quantization errors of each group at ``scale``, ``(groups,)``."""

@@ -2,21 +2,66 @@
 
 An initializer is a function ``(sample, levels) -> step``: a :class:`~lightning_qinit.functional.sample.Sample` in
 groups, the sorted level set of the quantizer at step 1, and a float64 step per group, ``(groups,)``; or an
-:class:`Initial`, which adds a note for the report. To add one, write the function and name it in ``INITIALIZERS``;
-functions outside the package are given by themselves, or by their import path in YAML.
+:class:`Initial`, which adds a note for the report. It raises ``ValueError`` if it has no answer for such levels. To add
+one, write the function and name it in ``INITIALIZERS``; functions outside the package are given by themselves, or by
+their import path in YAML.
+
+For quantizers with an offset, ``AFFINE`` names the functions that choose it together with the step.
 """
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from lightning_qinit.functional.sample import Sample
+from lightning_qinit.initializers.aciq import aciq, aciq_gauss, aciq_laplace
+from lightning_qinit.initializers.constant import constant
 from lightning_qinit.initializers.initial import Initial as Initial
 from lightning_qinit.initializers.initial import usable as usable
-from lightning_qinit.initializers.lsq import lsq as lsq
-from lightning_qinit.initializers.minmax import minmax as minmax
-from lightning_qinit.initializers.optimal import optimal as optimal
+from lightning_qinit.initializers.lsq import lsq, lsqplus, lsqplus_affine
+from lightning_qinit.initializers.minmax import minmax, minmax_affine, percentile, percentile_affine
+from lightning_qinit.initializers.optimal import optimal, optimal_affine
+from lightning_qinit.initializers.sawb import sawb
+from lightning_qinit.initializers.search import kl, mse_grid
 
 Initializer = Callable[[Sample, Tensor], Tensor | Initial]
 
-INITIALIZERS: dict[str, Initializer] = {function.__name__: function for function in (optimal, lsq, minmax)}
+INITIALIZERS: dict[str, Initializer] = {
+    "optimal": optimal,
+    "minmax": minmax,
+    "percentile": percentile,
+    "lsq": lsq,
+    "lsq+": lsqplus,
+    "sawb": sawb,
+    "aciq": aciq,
+    "aciq_gauss": aciq_gauss,
+    "aciq_laplace": aciq_laplace,
+    "kl": kl,
+    "mse_grid": mse_grid,
+    "constant": constant,
+}
+
+AFFINE: dict[Initializer, Callable[[Sample, Tensor], Initial]] = {
+    optimal: optimal_affine,
+    minmax: minmax_affine,
+    percentile: percentile_affine,
+    lsqplus: lsqplus_affine,
+}
+
+
+def initialize(
+    initializer: Initializer, sample: Sample, levels: Tensor, has_offset: bool = False, fallback: float = 1.0
+) -> Initial:
+    """Let an initializer choose, and make its choice fit for use (:func:`usable`).
+
+    A rule without an offset of its own chooses the step for signed levels around zero if the data are signed, and the
+    offset is where the lowest of them lies.
+    """
+    if not has_offset:
+        return usable(initializer(sample, levels), sample, fallback)
+    if initializer in AFFINE:
+        return usable(AFFINE[initializer](sample, levels), sample, fallback)
+    zero_point = float(levels[(len(levels) + 1) // 2]) if bool((sample.minimum < 0).any()) else 0.0
+    chosen = usable(initializer(sample, levels - zero_point), sample, fallback)
+    return chosen._replace(offset=-zero_point * chosen.step if zero_point else torch.zeros_like(chosen.step))

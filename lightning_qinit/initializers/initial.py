@@ -13,10 +13,12 @@ class Initial(NamedTuple):
 
     Attributes:
         step: float64, ``(groups,)``.
+        offset: the same, for quantizers that have one.
         note: what the report should say about it: a guard that acted, a fallback that was taken.
     """
 
     step: Tensor
+    offset: Tensor | None = None
     note: str = ""
 
 
@@ -24,16 +26,19 @@ def usable(chosen: Tensor | Initial, sample: Sample, fallback: float = 1.0) -> I
     """Give every group a positive, finite step, whatever its data.
 
     A group that has no nonzero value (an all-zero channel), or for which the initializer gave a step that is zero,
-    negative or not finite, takes the largest step of the other groups, and ``fallback`` if there is none.
+    negative or not finite, takes the largest step of the other groups, and ``fallback`` if there is none; its offset
+    is 0.
     """
     initial = chosen if isinstance(chosen, Initial) else Initial(chosen)
-    step = initial.step
+    step, offset = initial.step, initial.offset
     good = step.isfinite() & (step > 0) & (sample.energy > 0)
     if good.all():
         return initial
     bad = int((~good).sum())
     note = f"{bad} of {len(good)} channels without data" if good.any() else "no nonzero data"
     replacement = step[good].max() if good.any() else torch.full_like(step[0], fallback)
-    return initial._replace(
-        step=torch.where(good, step, replacement), note="; ".join(filter(None, (initial.note, note)))
+    return Initial(
+        torch.where(good, step, replacement),
+        None if offset is None else torch.where(good, offset, 0.0),
+        "; ".join(filter(None, (initial.note, note))),
     )

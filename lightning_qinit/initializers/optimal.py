@@ -1,16 +1,99 @@
-"""Least squared quantization error."""
+"""Least squared quantization error, guarded where it is not the best start."""
 
+import torch
 from torch import Tensor
 
+from lightning_qinit.functional.affine import optimal_affine as _optimal_affine
 from lightning_qinit.functional.levels import check_levels
 from lightning_qinit.functional.optimal import solve_rows
 from lightning_qinit.functional.sample import Sample
+from lightning_qinit.functional.sweep import assign
+from lightning_qinit.initializers.initial import Initial
+
+ALIVE = 0.01  # the least share of nonzero values that must not round to zero
+FEW = 32  # groups of fewer values than this are overfitted by a step of their own
+SHAPE = 64  # quantiles that stand for the shape of the whole tensor
+PRIOR = 4.0  # how many values of a group the shape counts for
 
 
-def optimal(sample: Sample, levels: Tensor) -> Tensor:
+def optimal(sample: Sample, levels: Tensor) -> Initial:
     """The step of least squared error, for any level set (see ``lightning_qinit.functional.optimal_scale``).
 
     Exact on the data of a tensor. On a sketch, exact for the values kept; the tests hold its error on the data to
     within 1e-4 of the optimum up to 5 bits and 1e-3 up to 8 bits, on every kind of data they know.
+
+    Two guards, which the report names where they act (``optimal_scale`` has none):
+
+    * Under extreme outliers the optimum may keep them and round everything else to zero, which trains badly (Sakr et
+      al., ICML 2022, appendix G). Where fewer than 1 % of the nonzero values would survive, those are left out, as
+      values to clip, and the rest is solved.
+    * A channel of fewer than 32 values (a depthwise 3x3 has 9) is solved together with the shape of the whole tensor,
+      its quantiles scaled to the channel's energy and counting as 4 values more, so that its step fits values like
+      its own, which training will move, and not these few alone. (On nine normal values at 4 bits this costs 13 % of
+      the error where they are and saves 22 % once they have moved by 30 % of their size.)
     """
-    return solve_rows(sample.values, sample.weights, check_levels(levels).to(sample.values.device)).scale
+    levels = check_levels(levels).to(sample.values.device)
+    data, notes = sample, []
+    if len(sample.values) > 1 and sample.values.shape[1] < FEW:
+        data = _with_shape(sample)
+    if data is not sample:
+        notes.append("few values per channel: shaped by the whole tensor")
+    step = solve_rows(data.values, data.weights, levels).scale
+    if bool((levels == 0).any()):
+        step, dead = _keep_alive(data, levels, step)
+        if dead:
+            notes.append(f"optimum would round over {100 * (1 - ALIVE):.0f} % to zero in {dead} of {len(step)} groups")
+    return Initial(step, note="; ".join(notes))
+
+
+def optimal_affine(sample: Sample, levels: Tensor) -> Initial:
+    """Step and offset of least squared error (see ``lightning_qinit.functional.affine``), with the guard on outliers.
+
+    Where 99 % of the data would share one code, the rest are left out, as values to clip, and what remains is solved.
+    """
+    levels = check_levels(levels).to(sample.values.device)
+    fit, data, note = _optimal_affine(sample, levels), sample, ""
+    for _ in range(len(levels)):
+        codes = assign(data.values - fit.offset[:, None], fit.scale[:, None], levels)
+        shares = torch.zeros(len(codes), len(levels), dtype=torch.float64, device=codes.device)
+        shares.scatter_add_(1, codes, data.weights.expand_as(data.values).contiguous())
+        most, code = shares.max(1, keepdim=True)
+        lonely = (most > (1 - ALIVE) * shares.sum(1, keepdim=True)) & (most < shares.sum(1, keepdim=True))
+        if not lonely.any():
+            break
+        data = Sample.of_values(data.values, torch.where(lonely & (codes != code), 0.0, data.weights))
+        fit = _optimal_affine(data, levels)
+        note = f"optimum would give one code to over {100 * (1 - ALIVE):.0f} % of the data"
+    return Initial(fit.scale, fit.offset, note)
+
+
+def _keep_alive(sample: Sample, levels: Tensor, step: Tensor) -> tuple[Tensor, int]:
+    """Solve groups again without the few values that survive, until enough of the others do."""
+    x, w = sample.values, sample.weights
+    guarded = torch.zeros_like(step, dtype=torch.bool)
+    while True:
+        nonzero = torch.where(x != 0, w, 0.0)
+        survives = levels[assign(x, step[:, None], levels)] != 0
+        kept = (nonzero * survives).sum(1)
+        dead = (kept > 0) & (kept < ALIVE * nonzero.sum(1))
+        if not dead.any():
+            return step, int(guarded.sum())
+        guarded |= dead
+        w = torch.where(dead[:, None] & survives, 0.0, w)
+        step = step.clone()
+        step[dead] = solve_rows(x[dead], w[dead], levels).scale
+
+
+def _with_shape(sample: Sample) -> Sample:
+    """Add the quantiles of the whole tensor, in units of each group's root mean square, to every group."""
+    count = sample.count
+    rms = (sample.energy / torch.where(count > 0, count, 1.0)).sqrt()
+    unit = torch.where(rms[:, None] > 0, sample.values / rms[:, None], 0.0)
+    pooled = unit[(rms[:, None] > 0) & (sample.weights > 0)].sort().values
+    if not len(pooled):
+        return sample
+    at = ((torch.arange(SHAPE, device=pooled.device) + 0.5) / SHAPE * len(pooled)).long()
+    shape = rms[:, None] * pooled[at]
+    weight = torch.full_like(shape, PRIOR / SHAPE) * (sample.weights.sum(1, keepdim=True) / sample.values.shape[1])
+    values, weights = torch.cat((sample.values, shape), dim=1), torch.cat((sample.weights, weight), dim=1)
+    return Sample(values, weights, sample.minimum, sample.maximum)

@@ -3,6 +3,7 @@
 from lightning_qinit.insertion.adopt import adopt_steps as adopt_steps
 from lightning_qinit.insertion.insert import float_parameters as float_parameters
 from lightning_qinit.insertion.insert import insert as insert
+from lightning_qinit.insertion.insert import named_quantizers as named_quantizers
 from lightning_qinit.insertion.insert import quantized_layers as quantized_layers
 from lightning_qinit.insertion.insert import remove as remove
 from lightning_qinit.insertion.layers import QUANTIZED_LAYERS as QUANTIZED_LAYERS

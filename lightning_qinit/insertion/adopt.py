@@ -21,10 +21,12 @@ def adopt_steps(layers: Mapping[str, QuantizedLayer], optimizers: Iterable[Optim
     group_of = {id(parameter): group for group in groups for parameter in group["params"]}
     untrained = []
     for name, layer in layers.items():
-        missing = [q.step for q in layer.quantizers().values() if id(q.step) not in group_of]
+        learned = {id(p): p for q in layer.quantizers().values() for p in q.parameters()}  # tied weights share one
+        missing = [p for p in learned.values() if id(p) not in group_of]
         group = next((group_of[id(p)] for p in layer.parameters(recurse=False) if id(p) in group_of), None)
         if missing and group is None:
             untrained.append(name)
         elif group is not None:
             group["params"].extend(missing)
+            group_of.update((id(p), group) for p in missing)
     return untrained

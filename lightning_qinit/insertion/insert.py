@@ -1,12 +1,14 @@
 """Which layers of a module are quantized, and how they become so and back."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 from torchmetrics import Metric
 
 from lightning_qinit.config import LayerConfig, QuantConfig
 from lightning_qinit.insertion.layers import QUANTIZED_LAYERS, QuantizedLayer
+from lightning_qinit.quantizers import Quantizer
 
 
 def insert(module: nn.Module, config: QuantConfig, complete: bool = True) -> dict[str, QuantizedLayer]:
@@ -26,15 +28,40 @@ def insert(module: nn.Module, config: QuantConfig, complete: bool = True) -> dic
     candidates = dict(_candidates(module))
     if complete:
         config.check_patterns(candidates)
-    chosen = {name: settings for name in candidates if (settings := config.of_layer(name)) is not None}
+    chosen = _chosen(candidates, config)
     if complete and not chosen:
         types = ", ".join(layer.__name__ for layer in QUANTIZED_LAYERS)
         reason = f"none is of type {types}" if not candidates else "`skip` or `overrides` leave all of them in float"
         raise ValueError(f"{type(module).__name__} has no layer to quantize: {reason}.")
+    shared = _shared_weights(candidates, chosen)
     for name, settings in chosen.items():
         if not isinstance(candidates[name], QuantizedLayer):
-            _quantize_layer(candidates[name], settings)
+            _quantize_layer(candidates[name], settings, shared)
+    for encoder in _encoders(module):
+        if quantized_layers(encoder) and encoder.use_nested_tensor:
+            # in eval mode it would pack padded sequences for a fused path that never calls its layers
+            vars(encoder).update(use_nested_tensor=False, used_nested_tensor=True)
     return quantized_layers(module)
+
+
+def _shared_weights(candidates: Mapping[str, nn.Module], chosen: Mapping[str, LayerConfig]) -> dict[int, Quantizer]:
+    """Quantizers that there are already, by the id of their weight: tied weights share one."""
+    shared = {}
+    of_weight: dict[int, tuple[str, LayerConfig]] = {}
+    for name, settings in chosen.items():
+        layer = candidates[name]
+        if isinstance(layer, QuantizedLayer):
+            quantizers = layer.quantizers()
+            shared.update({id(weight): quantizers[what] for what, weight in layer.weights().items()})
+            continue
+        for weight_name in QUANTIZED_LAYERS[type(layer)].weight_names(layer):
+            other, theirs = of_weight.setdefault(id(getattr(layer, weight_name)), (name, settings))
+            if replace(theirs, activation_bits=None) != replace(settings, activation_bits=None):
+                raise ValueError(
+                    f"The layers {other!r} and {name!r} share a weight, so their settings must be the same; only "
+                    "`activation_bits` may differ."
+                )
+    return shared
 
 
 def remove(module: nn.Module) -> None:
@@ -42,6 +69,14 @@ def remove(module: nn.Module) -> None:
     for layer in quantized_layers(module).values():
         del layer.weight_quantizer, layer.input_quantizer, layer.quant_config
         layer.__class__ = layer.float_class  # type: ignore[assignment]  # that is the point
+    for encoder in _encoders(module):
+        if hasattr(encoder, "used_nested_tensor"):
+            encoder.use_nested_tensor = True
+            del encoder.used_nested_tensor
+
+
+def _encoders(module: nn.Module) -> list[nn.TransformerEncoder]:
+    return [child for child in module.modules() if isinstance(child, nn.TransformerEncoder)]
 
 
 def quantized_layers(module: nn.Module) -> dict[str, QuantizedLayer]:
@@ -49,9 +84,16 @@ def quantized_layers(module: nn.Module) -> dict[str, QuantizedLayer]:
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, QuantizedLayer)}
 
 
+def named_quantizers(layers: Mapping[str, QuantizedLayer]) -> dict[str, Quantizer]:
+    """Quantizers by their logged name, ``<layer>.weight`` and ``<layer>.input``; one that layers share, once."""
+    named = {f"{name}.{what}": q for name, layer in layers.items() for what, q in layer.quantizers().items()}
+    first = {id(quantizer): name for name, quantizer in reversed(named.items())}
+    return {name: quantizer for name, quantizer in named.items() if first[id(quantizer)] == name}
+
+
 def float_parameters(module: nn.Module) -> list[str]:
     """Names of the matrices and tensors that stay in float: no rule covers them, or the settings leave them."""
-    covered = {id(layer.weight) for layer in quantized_layers(module).values() if layer.weight_quantizer is not None}
+    covered = {id(weight) for layer in quantized_layers(module).values() for weight in layer.weights().values()}
     return [name for name, p in module.named_parameters() if p.dim() > 1 and id(p) not in covered]
 
 
@@ -61,20 +103,39 @@ def _candidates(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         # networks inside a metric (FID, LPIPS, ...) measure the model and are no part of it
         if name.startswith(tuple(metrics)):
             continue
-        if type(child) in QUANTIZED_LAYERS or isinstance(child, QuantizedLayer):
-            yield name, child
+        if isinstance(child, QuantizedLayer) or type(child) in QUANTIZED_LAYERS:
+            if isinstance(child, QuantizedLayer) or QUANTIZED_LAYERS[type(child)].accepts(child):
+                yield name, child
 
 
-def _quantize_layer(layer: nn.Module, config: LayerConfig) -> None:
+def _chosen(candidates: Mapping[str, nn.Module], config: QuantConfig) -> dict[str, LayerConfig]:
+    chosen = {name: settings for name in candidates if (settings := config.of_layer(name)) is not None}
+    for name, layer in candidates.items():
+        # attention in float uses the weight of its output projection without calling that layer
+        if isinstance(layer, nn.MultiheadAttention) and name not in chosen:
+            chosen.pop(f"{name}.out_proj", None)
+    return chosen
+
+
+def _quantize_layer(layer: nn.Module, config: LayerConfig, shared: dict[int, Quantizer]) -> None:
     quantized = QUANTIZED_LAYERS[type(layer)]
-    weight: Tensor = layer.weight  # type: ignore[assignment]  # every type in the table has one
-    quantizer, axis = config.quantizer_class, quantized.output_axis
-    layer.register_module("weight_quantizer", None)
-    layer.register_module("input_quantizer", None)
+    names = quantized.weight_names(layer)
+    weights = {name: getattr(layer, name) for name in names}
+    device = next(iter(weights.values())).device
+    held: dict[str, nn.Module | None] = {"weight_quantizer": None, "input_quantizer": None}
     if config.weight_bits is not None:
-        channels, channel_axis = (weight.shape[axis], axis) if config.per_channel else (1, None)
-        layer.weight_quantizer = quantizer(config.weight_bits, channels, channel_axis, device=weight.device)
-    if config.activation_bits is not None:
-        layer.input_quantizer = quantizer(config.activation_bits, batch_axis=0, device=weight.device)
+        make, axis = config.make_quantizer("weight"), quantized.output_axis
+        for weight in weights.values():
+            channels, channel_axis = (weight.shape[axis], axis) if config.per_channel else (1, None)
+            if id(weight) not in shared:
+                shared[id(weight)] = make(config.weight_bits, channels, channel_axis, device=device)
+        own = {name: shared[id(weight)] for name, weight in weights.items()}
+        held["weight_quantizer"] = nn.ModuleDict(own) if len(own) > 1 else own[names[0]]
+    if config.activation_bits is not None and quantized.inputs:
+        make, axis = config.make_quantizer("activation"), quantized.batch_axis(layer)
+        inputs = {name: make(config.activation_bits, batch_axis=axis, device=device) for name in quantized.inputs}
+        held["input_quantizer"] = nn.ModuleDict(inputs) if len(inputs) > 1 else inputs[quantized.inputs[0]]
+    for attribute, quantizers in held.items():
+        layer.register_module(attribute, quantizers)
     layer.__class__ = quantized
-    layer.quant_config = config  # type: ignore[assignment]
+    vars(layer)["quant_config"] = config  # no parameter, buffer or module: past nn.Module's own bookkeeping

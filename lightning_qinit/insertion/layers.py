@@ -5,76 +5,138 @@ and ``layer.weight`` stay, and so do deepcopy, pickle and everything that holds 
 """
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.rnn import PackedSequence
 
 from lightning_qinit.config import LayerConfig
 from lightning_qinit.quantizers import Quantizer
 
 
 class QuantizedLayer(nn.Module):
-    """Mixin of all quantized layers: ``weight_quantizer`` and ``input_quantizer``, either of which may be ``None``.
+    """Mixin of all quantized layers.
+
+    A subclass states which of its parameters are quantized weights, which inputs it quantizes, and computes its
+    forward pass with :meth:`quantize_weight` and :meth:`quantize_input`. A row in ``QUANTIZED_LAYERS`` puts it to use.
 
     Attributes:
+        weight_quantizer: a quantizer; several by the name of the parameter, in layers with several; or ``None``.
+        input_quantizer: a quantizer; several by the name of the input; or ``None``.
         quant_config: the settings that the layer was inserted with.
     """
 
     float_class: ClassVar[type[nn.Module]]
     output_axis: ClassVar[int] = 0
-    """The axis of the weight along which output channels run."""
+    """The axis of the weights along which output channels run."""
+    inputs: ClassVar[tuple[str, ...]] = ("input",)
+    """Names of the inputs that are quantized."""
+    optional_inputs: ClassVar[tuple[str, ...]] = ()
+    """Those of them that may never be seen, because another quantizer serves them."""
+    linear: ClassVar[bool] = False
+    """Whether the output is linear in the one weight."""
 
-    weight: Tensor
     quant_config: LayerConfig
-    weight_quantizer: Quantizer | None
-    input_quantizer: Quantizer | None
+    weight_quantizer: Quantizer | nn.ModuleDict | None
+    input_quantizer: Quantizer | nn.ModuleDict | None
+
+    @classmethod
+    def accepts(cls, layer: nn.Module) -> bool:
+        """Whether a float layer of the right type can be quantized."""
+        return True
+
+    @classmethod
+    def weight_names(cls, layer: nn.Module) -> tuple[str, ...]:
+        """Names of the parameters that are quantized as weights."""
+        return ("weight",)
+
+    @classmethod
+    def batch_axis(cls, layer: nn.Module) -> int:
+        """The axis of the inputs that runs over samples."""
+        return 0
+
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters that have a quantizer, by the same names as in :meth:`quantizers`."""
+        names = self.weight_names(self)
+        found = {name: getattr(self, name) for name in names}
+        if len(names) == 1:
+            found = {"weight": found[names[0]]}
+        return found if self.weight_quantizer is not None else {}
+
+    def weight_quantizers(self) -> dict[str, Quantizer]:
+        """By what they quantize: ``"weight"``, or the names of the parameters."""
+        return _by_name(self.weight_quantizer, "weight")
+
+    def input_quantizers(self) -> dict[str, Quantizer]:
+        """By what they quantize: ``"input"``, or the names of the inputs."""
+        return _by_name(self.input_quantizer, "input")
+
+    def quantizers(self) -> dict[str, Quantizer]:
+        """All that there are, those of weights first."""
+        return self.weight_quantizers() | self.input_quantizers()
+
+    def quantize_weight(self, weight: Tensor, name: str = "weight") -> Tensor:
+        """A weight as it is used: quantized, or as it is if weights stay in float."""
+        return _quantize(self.weight_quantizer, weight, name)
+
+    def quantize_input(self, x: Tensor, name: str = "input") -> Tensor:
+        """An input as it is used: quantized, or as it is if inputs stay in float."""
+        return _quantize(self.input_quantizer, x, name)
+
+
+def _by_name(held: Quantizer | nn.ModuleDict | None, role: str) -> dict[str, Quantizer]:
+    if isinstance(held, nn.ModuleDict):
+        return dict(held.items())  # type: ignore[arg-type]  # it holds nothing but quantizers
+    return {} if held is None else {role: held}
+
+
+def _quantize(held: Quantizer | nn.ModuleDict | None, x: Tensor, name: str) -> Tensor:
+    quantizer = held[name] if isinstance(held, nn.ModuleDict) else held
+    return x if quantizer is None else quantizer(x)
+
+
+class _OneWeight(QuantizedLayer):
+    weight: Tensor
+    linear = True
 
     def quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The quantized input and the quantized weight."""
-        weight = self.weight
-        if self.weight_quantizer is not None:
-            weight = self.weight_quantizer(weight)
-        if self.input_quantizer is not None:
-            x = self.input_quantizer(x)
-        return x, weight
-
-    def quantizers(self) -> dict[str, Quantizer]:
-        """Those that there are, by what they quantize: ``"weight"`` and ``"input"``."""
-        both = {"weight": self.weight_quantizer, "input": self.input_quantizer}
-        return {what: quantizer for what, quantizer in both.items() if quantizer is not None}
+        return self.quantize_input(x), self.quantize_weight(self.weight)
 
 
-class QuantLinear(QuantizedLayer, nn.Linear):
+class QuantLinear(_OneWeight, nn.Linear):
     float_class = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(*self.quantized(input), self.bias)
 
 
-class QuantConv1d(QuantizedLayer, nn.Conv1d):
+class QuantConv1d(_OneWeight, nn.Conv1d):
     float_class = nn.Conv1d
 
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(*self.quantized(input), self.bias)
 
 
-class QuantConv2d(QuantizedLayer, nn.Conv2d):
+class QuantConv2d(_OneWeight, nn.Conv2d):
     float_class = nn.Conv2d
 
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(*self.quantized(input), self.bias)
 
 
-class QuantConv3d(QuantizedLayer, nn.Conv3d):
+class QuantConv3d(_OneWeight, nn.Conv3d):
     float_class = nn.Conv3d
 
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(*self.quantized(input), self.bias)
 
 
-class _QuantConvTranspose(QuantizedLayer, _ConvTransposeNd):
+class _QuantConvTranspose(_OneWeight, _ConvTransposeNd):
     # The weight is (in, out / groups, ...): with groups, one step serves the same channel of every group.
     output_axis = 1
     convolve: ClassVar[Callable[..., Tensor]]
@@ -110,7 +172,166 @@ class QuantConvTranspose3d(_QuantConvTranspose, nn.ConvTranspose3d):
     convolve = F.conv_transpose3d
 
 
+class QuantEmbedding(QuantizedLayer, nn.Embedding):
+    float_class = nn.Embedding
+    inputs = ()
+    linear = True
+
+    @classmethod
+    def accepts(cls, layer: nn.Module) -> bool:
+        return not layer.sparse  # a sparse gradient cannot pass through a quantizer
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.max_norm is not None:  # as in float, rows looked up are renormalized in place
+            F.embedding(input, self.weight.detach(), self.padding_idx, self.max_norm, self.norm_type)
+        weight = self.quantize_weight(self.weight)
+        return F.embedding(input, weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+
+
+class QuantEmbeddingBag(QuantizedLayer, nn.EmbeddingBag):
+    float_class = nn.EmbeddingBag
+    inputs = ()
+    linear = True
+
+    @classmethod
+    def accepts(cls, layer: nn.Module) -> bool:
+        return not layer.sparse
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        if self.max_norm is not None:
+            F.embedding(input, self.weight.detach(), None, self.max_norm, self.norm_type)
+        return F.embedding_bag(
+            input,
+            self.quantize_weight(self.weight),
+            offsets,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+            mode=self.mode,
+            per_sample_weights=per_sample_weights,
+            include_last_offset=self.include_last_offset,
+            padding_idx=self.padding_idx,
+        )
+
+
+class QuantOutProjection(QuantLinear):
+    """The output projection of an attention layer, a subclass of ``Linear`` that torch keeps for itself."""
+
+    float_class = NonDynamicallyQuantizableLinear
+
+
+class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
+    """The projections of query, key and value; that of the output is a layer of its own, ``out_proj``."""
+
+    float_class = nn.MultiheadAttention
+    inputs = ("query", "key", "value")
+    optional_inputs = ("key", "value")
+
+    @classmethod
+    def weight_names(cls, layer: nn.Module) -> tuple[str, ...]:
+        separate = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        return ("in_proj_weight",) if layer._qkv_same_embed_dim else separate
+
+    @classmethod
+    def batch_axis(cls, layer: nn.Module) -> int:
+        return 0 if layer.batch_first else 1
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        q = self.quantize_input(query, "query")
+        k = q if key is query else self.quantize_input(key, "key")
+        v = q if value is query else k if value is key else self.quantize_input(value, "value")
+        swap = self.batch_first and query.dim() == 3
+        if swap:  # the function takes (sequence, batch, features), and projects once what is one object
+            turned = {id(x): x.transpose(0, 1) for x in (q, k, v)}
+            q, k, v = (turned[id(x)] for x in (q, k, v))
+        packed = self.quantize_weight(self.in_proj_weight) if self._qkv_same_embed_dim else None
+        separate = (
+            {}
+            if self._qkv_same_embed_dim
+            else {name: self.quantize_weight(getattr(self, name), name) for name in self.weight_names(self)}
+        )
+        # attention proper: with the identity for an output projection, so that the quantized one comes after it
+        attended, weights = F.multi_head_attention_forward(
+            q,
+            k,
+            v,
+            self.embed_dim,
+            self.num_heads,
+            packed,
+            self.in_proj_bias,
+            self.bias_k,
+            self.bias_v,
+            self.add_zero_attn,
+            self.dropout,
+            torch.eye(self.embed_dim, dtype=q.dtype, device=q.device),
+            None,
+            training=self.training,
+            key_padding_mask=key_padding_mask,
+            need_weights=need_weights,
+            attn_mask=attn_mask,
+            average_attn_weights=average_attn_weights,
+            is_causal=is_causal,
+            use_separate_proj_weight=not self._qkv_same_embed_dim,
+            **separate,
+        )
+        output = self.out_proj(attended)
+        return (output.transpose(0, 1) if swap else output), weights
+
+
+class _QuantRecurrent(QuantizedLayer, nn.RNNBase):
+    """All weights, input-to-hidden and hidden-to-hidden, and the input of the first layer.
+
+    The hidden states and the inputs of further layers live inside torch's operator and stay in float.
+    """
+
+    @classmethod
+    def weight_names(cls, layer: nn.Module) -> tuple[str, ...]:
+        names: Any = layer._flat_weights_names  # torch gives no type
+        return tuple(name for name in names if name.startswith("weight"))
+
+    @classmethod
+    def batch_axis(cls, layer: nn.Module) -> int:
+        return 0 if layer.batch_first else 1
+
+    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:
+        if isinstance(input, PackedSequence):
+            input = input._replace(data=self.quantize_input(input.data))
+        else:
+            input = self.quantize_input(input)
+        flat: Any = self._flat_weights
+        self._flat_weights = [
+            self.quantize_weight(weight, name) if name.startswith("weight") else weight
+            for name, weight in zip(self._flat_weights_names, flat, strict=True)
+        ]
+        try:
+            return super().forward(input, hx)
+        finally:
+            self._flat_weights = flat
+
+
+class QuantRNN(_QuantRecurrent, nn.RNN):
+    float_class = nn.RNN
+
+
+class QuantLSTM(_QuantRecurrent, nn.LSTM):
+    float_class = nn.LSTM
+
+
+class QuantGRU(_QuantRecurrent, nn.GRU):
+    float_class = nn.GRU
+
+
 # The table: a layer is quantized if its exact type is a key here. Subclasses are not: their forward is their own.
+# For a layer type of your own, write `class QuantMine(QuantizedLayer, Mine)` with a forward that quantizes, and add
+# `QUANTIZED_LAYERS[Mine] = QuantMine`.
 QUANTIZED_LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {
     layer.float_class: layer
     for layer in (
@@ -121,5 +342,12 @@ QUANTIZED_LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {
         QuantConvTranspose1d,
         QuantConvTranspose2d,
         QuantConvTranspose3d,
+        QuantEmbedding,
+        QuantEmbeddingBag,
+        QuantMultiheadAttention,
+        QuantOutProjection,
+        QuantRNN,
+        QuantLSTM,
+        QuantGRU,
     )
 }

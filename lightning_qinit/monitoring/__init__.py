@@ -5,7 +5,6 @@ from lightning_qinit.monitoring.metrics import SignalToQuantizationNoiseRatio as
 from lightning_qinit.monitoring.monitor import AGGREGATES as AGGREGATES
 from lightning_qinit.monitoring.monitor import Monitor as Monitor
 from lightning_qinit.monitoring.monitor import aggregates as aggregates
-from lightning_qinit.monitoring.monitor import named_quantizers as named_quantizers
 from lightning_qinit.monitoring.report import ReportRow as ReportRow
 from lightning_qinit.monitoring.report import format_report as format_report
 from lightning_qinit.monitoring.report import make_row as make_row

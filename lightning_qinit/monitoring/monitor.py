@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_qinit.insertion import QuantizedLayer
+from lightning_qinit.insertion import QuantizedLayer, named_quantizers
 from lightning_qinit.monitoring.metrics import (
     quantization_error_compute,
     quantization_error_update,
@@ -16,11 +16,6 @@ from lightning_qinit.monitoring.metrics import (
 from lightning_qinit.quantizers import Quantizer
 
 AGGREGATES = ("quant_error/mean", "quant_error/max")
-
-
-def named_quantizers(layers: Mapping[str, QuantizedLayer]) -> dict[str, Quantizer]:
-    """Quantizers by their logged name, ``<layer>.weight`` and ``<layer>.input``."""
-    return {f"{name}.{what}": q for name, layer in layers.items() for what, q in layer.quantizers().items()}
 
 
 class Monitor:
@@ -77,7 +72,7 @@ class Monitor:
         def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
             assert isinstance(module, Quantizer)
             if module.active:
-                sums = torch.stack(quantization_error_update(output, args[0])).float()
+                sums = torch.stack(quantization_error_update(output, module.transform(args[0]))).float()
                 self._sums[name] = self._sums[name] + sums if name in self._sums else sums
                 self._steps[name] = module.scale.detach().mean()
 

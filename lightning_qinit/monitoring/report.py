@@ -4,10 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from lightning_qinit.calibration import Start
-from lightning_qinit.initializers import INITIALIZERS, usable
+from lightning_qinit.functional.affine import affine_error
+from lightning_qinit.initializers import INITIALIZERS, initialize
 
 
 @dataclass(frozen=True)
@@ -16,14 +15,16 @@ class ReportRow:
 
     Attributes:
         layer: name of the layer.
-        what: ``"weight"`` or ``"input"``.
+        what: ``"weight"`` or ``"input"``, or the name of the parameter or input in layers with several.
         bits: 1 to 8.
         signed: whether its levels reach below zero.
         steps: number of steps: 1, or one per channel.
         step: the step, or the mean over channels.
+        offset: the same for quantizers that have one, else ``None``.
         error: relative squared error on the data that calibration saw.
         clipped: share of values more than half a step beyond the outermost levels.
-        alternatives: the relative squared error that each other initializer would have had.
+        alternatives: the relative squared error that other initializers would have had; a rule that has no
+            answer for the levels is missing.
         note: a guard that acted, a fallback that was taken; empty for nothing.
     """
 
@@ -33,6 +34,7 @@ class ReportRow:
     signed: bool
     steps: int
     step: float
+    offset: float | None
     error: float
     clipped: float
     alternatives: Mapping[str, float]
@@ -56,11 +58,16 @@ COMPARED = ("minmax", "lsq")
 def make_row(start: Start) -> ReportRow:
     """Measure a planned start on the data that it was chosen for."""
     sample, levels = start.sample, start.levels
-
-    def error(step: Tensor) -> float:
-        energy = float(sample.energy.sum())
-        return float(sample.error(levels, step).sum()) / energy if energy > 0 else 0.0
-
+    energy = float(sample.energy.sum())
+    error = float(start.error.sum()) / energy if energy > 0 else 0.0
+    alternatives = {}
+    for name in COMPARED:
+        try:
+            other = initialize(INITIALIZERS[name], sample, levels, start.quantizer.has_offset)
+        except ValueError:  # the rule has no answer for these levels
+            continue
+        lost = float(affine_error(sample, levels, other.step, other.offset).sum())
+        alternatives[name] = lost / energy if energy > 0 else 0.0
     return ReportRow(
         layer=start.layer,
         what=start.what,
@@ -68,16 +75,19 @@ def make_row(start: Start) -> ReportRow:
         signed=start.signed,
         steps=start.quantizer.step.numel(),
         step=float(start.step.mean()),
-        error=error(start.step),
-        clipped=sample.share_clipped(levels, start.step),
-        alternatives={name: error(usable(INITIALIZERS[name](sample, levels), sample).step) for name in COMPARED},
+        offset=None if start.offset is None else float(start.offset.mean()),
+        error=error,
+        clipped=start.share_clipped,
+        alternatives=alternatives,
         note=start.note,
     )
 
 
 def format_report(rows: Sequence[ReportRow], unseen: Sequence[str] = (), left_float: Sequence[str] = ()) -> str:
     """The report as a plain-text table, with the layers that saw no data and the tensors left in float below it."""
-    header = ["quantizer", "bits", "sign", "step", "SQNR dB", "clipped %", "error", *(f"/ {name}" for name in COMPARED)]
+    offsets = any(row.offset is not None for row in rows)
+    header = ["quantizer", "bits", "sign", "step", *(["offset"] if offsets else [])]
+    header += ["SQNR dB", "clipped %", "error", *(f"/ {name}" for name in COMPARED)]
     table = [header]
     for row in rows:
         table.append(
@@ -86,10 +96,11 @@ def format_report(rows: Sequence[ReportRow], unseen: Sequence[str] = (), left_fl
                 str(row.bits),
                 "+-" if row.signed else "+",
                 f"{row.step:.4g}" + (f" x{row.steps}" if row.steps > 1 else ""),
+                *([] if not offsets else ["" if row.offset is None else f"{row.offset:.4g}"]),
                 f"{row.sqnr_db:.1f}",
                 f"{100 * row.clipped:.2f}",
                 f"{row.error:.2e}",
-                *(_ratio(row.error, row.alternatives[name]) for name in COMPARED),
+                *(_ratio(row.error, row.alternatives.get(name)) for name in COMPARED),
             ]
         )
     widths = [max(len(line[i]) for line in table) for i in range(len(header))]
@@ -105,5 +116,7 @@ def format_report(rows: Sequence[ReportRow], unseen: Sequence[str] = (), left_fl
     return "\n".join(lines)
 
 
-def _ratio(error: float, other: float) -> str:
+def _ratio(error: float, other: float | None) -> str:
+    if other is None:
+        return "-"
     return f"{error / other:.3f}" if other > 0 else "1.000"

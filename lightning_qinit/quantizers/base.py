@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qinit.functional.fake_quantize import broadcast_channels
-from lightning_qinit.quantizers.bounded import bounded_step
+from lightning_qinit.quantizers.bounded import bounded
 
 # A step may move this far from where it started, either way. Steps of trained networks move by tens of percent
 # (LSQ, section 3.5), so the bounds only catch a step that ran away.
@@ -42,6 +42,8 @@ class Quantizer(nn.Module, ABC):
 
     registry: ClassVar[dict[str, type["Quantizer"]]] = {}
     name: ClassVar[str]
+    has_offset: bool = False
+    """Whether the points are ``scale * levels + offset``, and the offset is learned."""
 
     step: nn.Parameter
     initial_step: Tensor
@@ -87,8 +89,11 @@ class Quantizer(nn.Module, ABC):
             self.calibrated.fill_(False)
             self.signed.fill_(signed)
             self.bits.fill_(bits)
-        # Python twins of the buffers: forward must not read tensors, which would synchronize with the device
-        self.is_calibrated, self.is_signed, self.n_bits = False, signed, bits
+        self._remember(False, signed, bits)
+
+    def _remember(self, calibrated: bool, signed: bool, bits: int) -> None:
+        """Python twins of the buffers: forward must not read tensors, which would synchronize with the device."""
+        self.is_calibrated, self.is_signed, self.n_bits = calibrated, signed, bits
 
     @abstractmethod
     def level_set(self, bits: int, signed: bool) -> Tensor:
@@ -105,6 +110,10 @@ class Quantizer(nn.Module, ABC):
                 gradient scale.
         """
 
+    def transform(self, x: Tensor) -> Tensor:
+        """What is done to the values before they are quantized: nothing, unless a subclass normalizes them."""
+        return x
+
     @property
     def levels(self) -> Tensor:
         """The levels at step 1 in use: sorted, 1-D, float64."""
@@ -113,7 +122,7 @@ class Quantizer(nn.Module, ABC):
     @property
     def scale(self) -> Tensor:
         """The step in use, ``(channels,)``: ``step`` kept within ``initial_step`` divided or times 2^16."""
-        return bounded_step(self.step, self.initial_step, MAX_DRIFT)
+        return bounded(self.step, self.initial_step, self.initial_step / MAX_DRIFT, self.initial_step * MAX_DRIFT)
 
     @property
     def active(self) -> bool:
@@ -126,20 +135,22 @@ class Quantizer(nn.Module, ABC):
             return x
         scale = broadcast_channels(self.scale, x, self.channel_axis)
         wide = x if x.dtype == torch.float64 else x.to(torch.float32)
-        return self.quantize(wide, scale, self._elements_per_step(x)).to(x.dtype)
+        return self.quantize(self.transform(wide), scale, self._elements_per_step(x)).to(x.dtype)
 
     def _elements_per_step(self, x: Tensor) -> int:
-        samples = 1 if self.batch_axis is None or x.dim() < 2 else max(1, x.shape[self.batch_axis])
+        # values of fewer axes are a single sample
+        samples = 1 if self.batch_axis is None or x.dim() < self.batch_axis + 2 else max(1, x.shape[self.batch_axis])
         return max(1, x.numel() // (samples * self.step.numel()))
 
     @torch.no_grad()
-    def start(self, step: Tensor, bits: int, signed: bool) -> None:
+    def start(self, step: Tensor, bits: int, signed: bool, offset: Tensor | None = None) -> None:
         """Set the step from calibration: the quantizer is active from here on.
 
         Args:
             step: positive and finite, ``(channels,)`` or one for all.
             bits: 1 to 8.
             signed: whether the levels reach below zero.
+            offset: as ``step``, for quantizers that learn one.
         """
         # float32 keeps a few octaves free on both sides, so that x / step and the bounds stay finite
         step = step.to(self.step).clamp(2.0**-100, 2.0**100)
@@ -148,14 +159,13 @@ class Quantizer(nn.Module, ABC):
         self.calibrated.fill_(True)
         self.signed.fill_(signed)
         self.bits.fill_(bits)
-        self.is_calibrated, self.is_signed, self.n_bits = True, bool(signed), int(bits)
+        self._remember(True, bool(signed), int(bits))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if not any(key.startswith(prefix) for key in state_dict):
             return  # a checkpoint of the float module: nothing to load, nothing missing
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.is_calibrated, self.is_signed = bool(self.calibrated), bool(self.signed)
-        self.n_bits = int(self.bits)
+        self._remember(bool(self.calibrated), bool(self.signed), int(self.bits))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Quantizer":
         # half precision would swallow a step's updates: follow device moves, refuse casts

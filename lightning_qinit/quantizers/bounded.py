@@ -1,4 +1,4 @@
-"""Steps that stay positive and finite under any learning rate, with LSQ's own gradient."""
+"""Parameters that stay within bounds under any learning rate, with their own gradient."""
 
 from typing import Any
 
@@ -6,33 +6,33 @@ import torch
 from torch import Tensor
 
 
-class _BoundedStep(torch.autograd.Function):
+class _Bounded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, step: Tensor, initial: Tensor, drift: float) -> Tensor:
-        ctx.save_for_backward(step, initial)
-        ctx.drift = drift
-        return torch.where(step.isnan(), initial, step).clamp(initial / drift, initial * drift)
+    def forward(ctx: Any, value: Tensor, initial: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        ctx.save_for_backward(value, low, high)
+        return torch.where(value.isnan(), initial, value).clamp(low, high)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        step, initial = ctx.saved_tensors
-        # gradient descent moves against the gradient: drop what would carry the step further outside
-        outwards = ((step <= initial / ctx.drift) & (grad > 0)) | ((step >= initial * ctx.drift) & (grad < 0))
-        return torch.where(outwards, 0.0, grad), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        value, low, high = ctx.saved_tensors
+        # gradient descent moves against the gradient: drop what would carry the value further outside
+        outwards = ((value <= low) & (grad > 0)) | ((value >= high) & (grad < 0))
+        return torch.where(outwards, 0.0, grad), None, None, None
 
 
-def bounded_step(step: Tensor, initial: Tensor, drift: float) -> Tensor:
-    """``step`` clipped to ``[initial / drift, initial * drift]``; NaN counts as ``initial``.
+def bounded(value: Tensor, initial: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """``value`` clipped to ``[low, high]``; NaN counts as ``initial``.
 
-    Inside the bounds this is the identity, and so is its gradient: what trains is exactly LSQ. At a bound the
-    gradient is projected, as projected gradient descent does: a component that leads back inside passes
+    Inside the bounds this is the identity, and so is its gradient: what trains is exactly the published method. At a
+    bound the gradient is projected, as projected gradient descent does: a component that leads back inside passes
     unchanged, one that leads further out is dropped, so the parameter is never stuck outside. Softplus or a
     logarithm would keep a step positive too, but rescale its gradient everywhere.
 
     Args:
-        step: the parameter, any shape.
-        initial: where it started, positive and finite, same shape.
-        drift: a factor above 1.
+        value: the parameter, any shape.
+        initial: where it started, same shape.
+        low: the lower bound, same shape.
+        high: the upper bound, same shape.
     """
-    result: Tensor = _BoundedStep.apply(step, initial, drift)
+    result: Tensor = _Bounded.apply(value, initial, low, high)
     return result

@@ -1,0 +1,65 @@
+"""The calibration batches, run through a module as often as a choice of steps needs it."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_qinit.calibration.batchnorm import Statistics, batch_statistics
+from lightning_qinit.calibration.initialize import Start, choose
+from lightning_qinit.calibration.observe import Criterion, Observation, observe
+from lightning_qinit.config import CalibrationConfig
+from lightning_qinit.insertion import QuantizedLayer
+
+Step = Callable[[Any, int], Sequence[Tensor]]
+
+
+class Passes:
+    """Runs ``step`` on every batch, once per call.
+
+    Args:
+        batches: read once if they are needed once, kept if they are needed again.
+        step: runs the module on a batch, given with its index, and returns the losses that it computed.
+        merge: adds what other ranks observed.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        step: Step,
+        merge: Callable[[Mapping[str, QuantizedLayer], Observation], Observation] = lambda layers, seen: seen,
+    ) -> None:
+        self.batches, self.step, self.merge = batches, step, merge
+
+    def choose(
+        self, layers: Mapping[str, QuantizedLayer], config: CalibrationConfig, norms: Sequence[torch.nn.Module]
+    ) -> tuple[list[Start], Observation, Statistics]:
+        """Everything that calibration decides.
+
+        Changes quantizers and statistics on the way: the caller puts the module back, and applies what is returned.
+        """
+        if config.sequential or config.recalibrate_batchnorm:
+            self.batches = list(self.batches)
+        starts, seen = choose(layers, self.watch, config.criterion, config.sequential, config.average_bits)
+        statistics: Statistics = []
+        if config.recalibrate_batchnorm and seen.first_run:
+            for start in starts:
+                start.apply()
+            statistics = batch_statistics(norms, self.run)
+        return starts, seen, statistics
+
+    def watch(self, layers: Mapping[str, QuantizedLayer], criterion: Criterion = "mse") -> Observation:
+        """What the layers see in all batches."""
+        with observe(layers, criterion) as observation, torch.set_grad_enabled(criterion == "fisher"):
+            for index, batch in enumerate(self.batches):
+                losses = self.step(batch, index)
+                if criterion == "fisher":
+                    observation.differentiate(layers, losses)
+                observation.end_batch()
+        return self.merge(layers, observation)
+
+    def run(self) -> None:
+        """Run all batches without watching."""
+        for index, batch in enumerate(self.batches):
+            self.step(batch, index)

@@ -1,0 +1,69 @@
+"""LSQ+: a learned step and, for activations, a learned offset (Bhalgat et al., CVPRW 2020, arXiv 2004.09576)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qinit.functional.fake_quantize import broadcast_channels
+from lightning_qinit.functional.levels import uniform_levels
+from lightning_qinit.quantizers.base import MAX_DRIFT
+from lightning_qinit.quantizers.bounded import bounded
+from lightning_qinit.quantizers.lsq import LSQ
+
+
+class LSQPlus(LSQ, name="lsq+"):
+    """LSQ for weights; for inputs also an offset ``b``: ``s * round(clip((x - b) / s, 0, 2^b - 1)) + b``.
+
+    For activations with a small negative tail (GELU, SiLU, Hardswish). Backward: as LSQ with ``v = (x - b) / s``;
+    the offset receives 0 between the outer levels and 1 beyond (section 3.1), times LSQ's gradient scale. The codes
+    of inputs are unsigned whatever the sign of the data, since the offset places them (configuration 4 of the paper).
+    """
+
+    offset: nn.Parameter
+    initial_offset: Tensor
+
+    def __init__(self, *args: Any, **state: Any) -> None:
+        super().__init__(*args, **state)
+        self.has_offset = self.batch_axis is not None
+        if self.has_offset:
+            self.offset = nn.Parameter(torch.zeros_like(self.step))
+            self.register_buffer("initial_offset", torch.zeros_like(self.step))
+
+    def reset_parameters(self) -> None:
+        """Back to before calibration: step 1, offset 0, identity."""
+        super().reset_parameters()
+        if self.has_offset:
+            with torch.no_grad():
+                self.offset.zero_()
+                self.initial_offset.zero_()
+
+    def level_set(self, bits: int, signed: bool) -> Tensor:
+        """``0 .. 2^b - 1`` with an offset, else as LSQ."""
+        return uniform_levels(bits, signed and not self.has_offset, self.narrow_range)
+
+    @property
+    def shift(self) -> Tensor:
+        """The offset in use, ``(1,)``: ``offset`` kept within 2^16 initial steps of where it started."""
+        reach = self.initial_step * MAX_DRIFT
+        return bounded(self.offset, self.initial_offset, self.initial_offset - reach, self.initial_offset + reach)
+
+    def quantize(self, x: Tensor, scale: Tensor, elements: int) -> Tensor:
+        """See the class."""
+        if not self.has_offset:
+            return super().quantize(x, scale, elements)
+        gradient_scale = (elements * float(2**self.n_bits - 1)) ** -0.5
+        shift = self.shift * gradient_scale  # its value is put back on the next line; only the gradient is scaled
+        shift = shift + (self.shift - shift).detach()
+        shift = broadcast_channels(shift, x, self.channel_axis)
+        return super().quantize(x - shift, scale, elements) + shift
+
+    @torch.no_grad()
+    def start(self, step: Tensor, bits: int, signed: bool, offset: Tensor | None = None) -> None:
+        """As of :class:`Quantizer`; without an offset given it starts at 0."""
+        if self.has_offset:
+            offset = torch.zeros_like(step) if offset is None else offset
+            self.offset.copy_(offset.to(self.offset).expand_as(self.offset))
+            self.initial_offset.copy_(self.offset)
+            signed = False
+        super().start(step, bits, signed)
