@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_qinit import _trainer
 from lightning_qinit.calibration import Observation, check_weights, set_statistics, warn_blind
+from lightning_qinit.calibration.initialize import WIDTHS
 from lightning_qinit.calibration.run import choose_in_training
 from lightning_qinit.config import CalibrationConfig, LayerConfig, QuantConfig, plain, shorten
 from lightning_qinit.initializers import Initializer
@@ -129,6 +130,8 @@ class QuantInitCallback(Callback):
             average_bits=average_bits,
             recalibrate_batchnorm=recalibrate_batchnorm,
         )
+        if average_bits is not None:
+            default.check_widths(WIDTHS)
         self.log_quantizers = log_quantizers
         self.print_report = print_report
         self.report: list[ReportRow] = []

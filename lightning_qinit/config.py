@@ -65,6 +65,14 @@ class LayerConfig:
             for number in dict.fromkeys(b for b in (bits, bits and self.first_last_bits) if b):
                 self._check_pair(role, number)
 
+    def check_widths(self, widths: Iterable[int]) -> None:
+        """Raise ``ValueError`` if weights cannot have one of the widths that ``average_bits`` chooses from."""
+        try:
+            for bits in widths if self.weight_bits is not None else ():
+                self._check_pair("weight", bits)
+        except ValueError as error:
+            raise ValueError(f"`average_bits` tries 2 to 8 bits, and {error}") from error
+
     def make_quantizer(self, role: Role) -> Callable[..., Quantizer]:
         """What builds the quantizers of weights (``"weight"``) or inputs (``"activation"``)."""
         argument, choice = self._choice(role, "quantizer")

@@ -81,14 +81,12 @@ def calibrate(
 
     def run(batch: Any, index: int) -> list[Tensor]:
         output = (step or _call)(module, batch)
-        if criterion == "fisher" and not (isinstance(output, Tensor) and output.requires_grad):
-            raise ValueError(f"`criterion` = 'fisher' needs a `step` that returns a loss, got {type(output).__name__}.")
-        return [output]
+        return [output] if isinstance(output, Tensor) else []
 
     norms = trained_norms(module)
     with torch.no_grad(), restored(module):
         calibration_mode(module)
-        starts, _, statistics = Passes(batches, run).choose(quantized_layers(module), config, norms)
+        starts, _, statistics = Passes(batches, run, "step").choose(quantized_layers(module), config, norms)
     for start in starts:
         start.apply()
     set_statistics(statistics)

@@ -1,10 +1,12 @@
 """The examples as a user runs them: in a process of their own."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -12,7 +14,10 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 def run(folder: Path, *arguments: str) -> str:
     command = [sys.executable, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
+    search = {"PYTHONPATH": str(Path(__file__).parent)}  # for `extension`
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, timeout=300, env={**os.environ, **search}
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -44,9 +49,17 @@ def test_every_setting_is_reachable_and_defaults_print_clean(tmp_path: Path) -> 
         "activation_bits": "3",
         "quantizer": "lightning_qinit.LSQ",
         "initializer": "lightning_qinit.initializers.minmax",
+        "weight_quantizer": "{name: apot, normalize: true}",
+        "activation_quantizer": "lsq+",
+        "weight_initializer": "mse_grid",
+        "activation_initializer": "percentile",
         "per_channel": "false",
         "first_last_bits": "null",
         "calibration_batches": "2",
+        "criterion": "fisher",
+        "sequential": "true",
+        "average_bits": "3.5",
+        "recalibrate_batchnorm": "true",
         "skip": "[net.0]",
         "overrides": "{net.8: {activation_bits: 5}}",
         "log_quantizers": "false",
@@ -66,3 +79,23 @@ def test_bad_setting_is_one_sentence(tmp_path: Path, value: str) -> None:
     command.append(f"--trainer.callbacks.weight_bits={value}")
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=100)
     assert done.returncode != 0 and "weight_bits" in done.stderr
+
+
+def test_quantizer_and_initializer_from_outside_the_package(tmp_path: Path) -> None:
+    config = yaml.safe_load((EXAMPLES / "config.yaml").read_text())
+    config["trainer"]["callbacks"][0]["init_args"] = {
+        "weight_quantizer": {"name": "extension.MidRise", "margin": 0.5},
+        "weight_initializer": "extension.three_deviations",
+        "weight_bits": 2,
+        "overrides": {"net.3.*": {"weight_initializer": "optimal"}},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    limits = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=20", "--trainer.enable_checkpointing=true"]
+    out = run(tmp_path, str(EXAMPLES / "cli.py"), "fit", "--config", "config.yaml", *limits)
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith("net.")}
+    assert rows["net.3.conv1.weight"][1] == rows["net.4.conv1.weight"][1] == "2"
+    state = torch.load(next((tmp_path / "runs").rglob("*.ckpt")), weights_only=True)
+    key = "net.4.conv1.weight_quantizer"
+    assert not torch.equal(state["state_dict"][f"{key}.step"], state["state_dict"][f"{key}.initial_step"])
+    settings = next(value for name, value in state["callbacks"].items() if "QuantInitCallback" in name)
+    assert settings["weight_quantizer"] == {"name": "extension.MidRise", "margin": 0.5}

@@ -505,7 +505,15 @@ torch.save(model.state_dict(), f"{{sys.argv[2]}}.{{ranks}}.{{trainer.global_rank
             assert torch.allclose(value, one[name], rtol=1e-5), name
 
 
-def test_two_ranks_train_a_module_with_layers_that_never_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"weight_bits": 3},
+        {"criterion": "fisher", "sequential": True, "recalibrate_batchnorm": True, "average_bits": 3.0},
+    ],
+    ids=["plain", "everything"],
+)
+def test_two_ranks_train_a_module_with_layers_that_never_run(tmp_path: Path, settings: dict) -> None:
     script = f"""
 import sys, warnings; sys.path.insert(0, {str(Path(__file__).parent)!r}); warnings.simplefilter("ignore")
 import lightning.pytorch as pl, torch
@@ -522,7 +530,7 @@ model = Bypassed()
 trainer = pl.Trainer(
     accelerator="cpu", strategy="ddp", devices=2, max_steps=4, accumulate_grad_batches=2, max_epochs=2, logger=False,
     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-    callbacks=[QuantInitCallback(weight_bits=3, print_report=False)],
+    callbacks=[QuantInitCallback(**{settings!r}, activation_quantizer="lsq+", print_report=False)],
 )
 trainer.fit(model, loader(batch_size=4, shuffle=False))
 assert trainer.global_step == 4, trainer.global_step

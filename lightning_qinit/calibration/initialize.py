@@ -72,8 +72,12 @@ class Start:
         data = self.sample if self.offset is None else self.sample.shifted(self.offset)
         return data.share_clipped(self.levels, self.step)
 
+    def chosen(self) -> tuple[int, Tensor, Tensor | None]:
+        """Bits, step and offset, on the CPU."""
+        return self.bits, self.step.cpu(), None if self.offset is None else self.offset.cpu()
+
     def at(self, bits: int, step: Tensor, offset: Tensor | None) -> "Start":
-        """The same on other values, such as those of another rank."""
+        """The same with what another rank chose."""
         return replace(self, bits=bits, step=step, offset=offset)
 
     def apply(self) -> None:

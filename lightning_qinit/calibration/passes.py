@@ -21,6 +21,7 @@ class Passes:
     Args:
         batches: read once if they are needed once, kept if they are needed again.
         step: runs the module on a batch, given with its index, and returns the losses that it computed.
+        step_name: what the step is called, for messages.
         merge: adds what other ranks observed.
     """
 
@@ -28,9 +29,10 @@ class Passes:
         self,
         batches: Iterable[Any],
         step: Step,
+        step_name: str,
         merge: Callable[[Mapping[str, QuantizedLayer], Observation], Observation] = lambda layers, seen: seen,
     ) -> None:
-        self.batches, self.step, self.merge = batches, step, merge
+        self.batches, self.step, self.step_name, self.merge = batches, step, step_name, merge
 
     def choose(
         self, layers: Mapping[str, QuantizedLayer], config: CalibrationConfig, norms: Sequence[torch.nn.Module]
@@ -55,9 +57,14 @@ class Passes:
             for index, batch in enumerate(self.batches):
                 losses = self.step(batch, index)
                 if criterion == "fisher":
+                    self._check_losses(losses)
                     observation.differentiate(layers, losses)
                 observation.end_batch()
         return self.merge(layers, observation)
+
+    def _check_losses(self, losses: Sequence[Tensor]) -> None:
+        if not any(loss.requires_grad for loss in losses):
+            raise ValueError(f"`criterion` = 'fisher' needs a loss with gradients; `{self.step_name}` returned none.")
 
     def run(self) -> None:
         """Run all batches without watching."""

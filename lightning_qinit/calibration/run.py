@@ -58,19 +58,14 @@ def choose_in_training(
             losses.clear()
             output = _step(trainer, module, batch, index)
             loss = output["loss"] if isinstance(output, Mapping) and "loss" in output else output
-            found = losses + ([loss] if isinstance(loss, Tensor) else [])
-            if config.criterion == "fisher" and not any(loss.requires_grad for loss in found):
-                raise MisconfigurationException(
-                    f"`criterion` = 'fisher' needs a loss with gradients, and `{_step_name(module)}` returned none."
-                )
-            return found
+            return losses + ([loss] if isinstance(loss, Tensor) else [])
 
-        passes = Passes(batches, step, lambda some, seen: _over_ranks(trainer, some, seen))
+        passes = Passes(batches, step, _step_name(module), lambda some, seen: _over_ranks(trainer, some, seen))
         starts, seen, statistics = passes.choose(layers, config, norms)
         if trainer.world_size > 1:  # the same already but for rounding; exactly the same from here on
             strategy = trainer.strategy
-            steps = strategy.broadcast([(start.bits, start.step.cpu(), start.offset) for start in starts])
-            starts = [start.at(*chosen) for start, chosen in zip(starts, steps, strict=True)]
+            chosen = strategy.broadcast([start.chosen() for start in starts])
+            starts = [start.at(*values) for start, values in zip(starts, chosen, strict=True)]
             statistics = [
                 (norm, strategy.reduce(mean, reduce_op="mean"), strategy.reduce(variance, reduce_op="mean"))
                 for norm, mean, variance in statistics

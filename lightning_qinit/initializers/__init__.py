@@ -6,6 +6,21 @@ groups, the sorted level set of the quantizer at step 1, and a float64 step per 
 one, write the function and name it in ``INITIALIZERS``; functions outside the package are given by themselves, or by
 their import path in YAML.
 
+What each needs, and which quantizers it has an answer for ("with offset": chooses that too):
+
+| initializer | needs | lsq | lsq+ | apot | pact | codebook | source |
+|---|---|---|---|---|---|---|---|
+| `optimal` | the data | yes | with offset | yes | yes | yes | this package |
+| `minmax` | extremes | yes | with offset | yes | yes | yes | the least step that clips nothing |
+| `percentile` | quantiles | yes | with offset | yes | yes | yes | 99.9 % of the magnitudes |
+| `mse_grid` | the data | yes | yes | yes | yes | yes | 100 candidates, as MQBench and BRECQ search |
+| `constant` | deviation | yes | yes | yes | yes | yes | the code of Li et al. (APoT) |
+| `lsq` | mean magnitude | yes | yes | no | yes | no | Esser et al., section 2.1 |
+| `lsq+` | mean, deviation; extremes | yes | with offset | no | yes | no | Bhalgat et al., section 3.2 |
+| `aciq`, `aciq_gauss`, `aciq_laplace` | first moments | yes | yes | no | yes | no | Banner et al., arXiv 1810.05723 |
+| `sawb` | mean magnitude and square | signed | signed | no | signed | no | Choi et al., 2018, arXiv 1807.06964 |
+| `kl` | a histogram | 4 bits and up | 4 bits and up | no | 4 bits and up | no | TensorRT's entropy calibration |
+
 For quantizers with an offset, ``AFFINE`` names the functions that choose it together with the step.
 """
 

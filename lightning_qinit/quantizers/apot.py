@@ -36,5 +36,5 @@ class APoT(NonUniform, name="apot"):
         """The normalized weight, or ``x``."""
         if not self.normalize:
             return x
-        # the least deviation that float32 squares keep apart from zero: a constant weight becomes 0
-        return (x - x.mean()) / x.std(correction=0).clamp(min=1e-30)
+        centred = x - x.mean()
+        return centred / centred.square().mean().clamp(min=1e-30).sqrt()  # a constant weight becomes 0

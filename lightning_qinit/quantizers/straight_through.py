@@ -40,7 +40,8 @@ def binary_table(x: Tensor) -> Tensor:
 
 def _nearest(v: Tensor, low: float, high: float, table: Tensor | None) -> Tensor:
     if table is not None:
-        level = table[torch.bucketize(v, (table[1:] + table[:-1]) / 2, right=True)]
+        level = torch.empty_like(v)  # keeps the memory format, which the lookup does not
+        level.copy_(table[torch.bucketize(v.contiguous(), (table[1:] + table[:-1]) / 2, right=True)])
         return torch.where(v == v, level, v)  # NaN stays NaN, as rounding leaves it
     return v.clamp(low, high).round()
 
