@@ -1,6 +1,8 @@
 """Quantization-aware training for PyTorch Lightning whose steps start where the quantization error is least."""
 
 from lightning_qinit.callback import QuantInitCallback as QuantInitCallback
+from lightning_qinit.checkpoint import load_from_checkpoint as load_from_checkpoint
+from lightning_qinit.checkpoint import restore as restore
 from lightning_qinit.functional.sample import Sample as Sample
 from lightning_qinit.initializers import Initial as Initial
 from lightning_qinit.monitoring import QuantizationError as QuantizationError

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.connectors.data_connector import (
     _parse_num_batches,
     _process_dataloader,
@@ -20,6 +20,7 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.data import has_len_all_ranks
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -128,6 +129,28 @@ def needs_every_gradient(trainer: Trainer) -> bool:
     return (
         isinstance(wrapped, DistributedDataParallel) and not wrapped.find_unused_parameters and not wrapped.static_graph
     )
+
+
+def averaging_callbacks(trainer: Trainer) -> list[Callback]:
+    """Callbacks that copy the module when they are set up (weight averaging), of either Lightning package."""
+    names = {"WeightAveraging", "StochasticWeightAveraging"}
+    return [c for c in callbacks(trainer) if names & {base.__name__ for base in type(c).__mro__}]
+
+
+def callbacks(trainer: Trainer) -> list[Callback]:
+    """The callbacks of a trainer in the order in which they are called."""
+    return trainer.callbacks  # type: ignore[attr-defined]  # set by its connector
+
+
+def averaged_modules(trainer: Trainer) -> list[nn.Module]:
+    """The copies of the module that such callbacks hold by now."""
+    copies = [getattr(callback, "_average_model", None) for callback in averaging_callbacks(trainer)]
+    return [getattr(copy, "module", copy) for copy in copies if isinstance(copy, nn.Module)]
+
+
+def schedulers(trainer: Trainer) -> list[Any]:
+    """The learning-rate schedulers of a trainer."""
+    return [config.scheduler for config in trainer.lr_scheduler_configs]
 
 
 def is_logging_step(trainer: Trainer) -> bool:

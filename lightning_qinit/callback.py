@@ -17,9 +17,18 @@ from lightning_qinit import _trainer
 from lightning_qinit.calibration import Observation, check_weights, set_statistics, warn_blind
 from lightning_qinit.calibration.initialize import WIDTHS
 from lightning_qinit.calibration.run import choose_in_training
+from lightning_qinit.checkpoint import differences, has_quantizers, saved_settings
 from lightning_qinit.config import CalibrationConfig, LayerConfig, QuantConfig, plain, shorten
 from lightning_qinit.initializers import Initializer
-from lightning_qinit.insertion import adopt_steps, float_parameters, insert, named_quantizers, quantized_layers
+from lightning_qinit.insertion import (
+    adopt_steps,
+    copy_quantizers,
+    float_parameters,
+    insert,
+    named_quantizers,
+    quantized_layers,
+    separate_steps,
+)
 from lightning_qinit.monitoring import (
     AGGREGATES,
     Monitor,
@@ -76,6 +85,8 @@ class QuantInitCallback(Callback):
         overrides: glob patterns of layer names to settings that differ there: any of ``weight_bits``,
             ``activation_bits``, ``quantizer``, ``initializer``, the ``weight_`` and ``activation_`` forms of both,
             ``per_channel`` and ``first_last_bits``. Of several patterns that match, later ones win.
+        step_lr_scale: learning rate of steps and offsets relative to that of the layer's weights. They never have
+            weight decay: where it is set, or this is not 1, they get a parameter group of their own.
         log_quantizers: whether to log steps and errors every ``log_every_n_steps``.
         print_report: whether to print the table of steps and errors after calibration.
 
@@ -107,6 +118,7 @@ class QuantInitCallback(Callback):
         recalibrate_batchnorm: bool = False,
         skip: Sequence[str] = (),
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        step_lr_scale: float = 1.0,
         log_quantizers: bool = True,
         print_report: bool = True,
     ) -> None:
@@ -130,6 +142,9 @@ class QuantInitCallback(Callback):
             average_bits=average_bits,
             recalibrate_batchnorm=recalibrate_batchnorm,
         )
+        if isinstance(step_lr_scale, bool) or not (isinstance(step_lr_scale, (int, float)) and step_lr_scale > 0):
+            raise ValueError(f"`step_lr_scale` must be a positive number, got {step_lr_scale!r}.")
+        self.step_lr_scale = float(step_lr_scale)
         if average_bits is not None:
             default.check_widths(WIDTHS)
         self.log_quantizers = log_quantizers
@@ -142,6 +157,8 @@ class QuantInitCallback(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Insert, in every stage: the optimizer, the strategy and checkpoints must see the quantizers."""
+        self._check_order(trainer)
+        self._check_before_loading(trainer, pl_module)
         self._calibrates = stage == "fit"
         builds_late = any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model"))
         self._insert(pl_module, complete=not builds_late)
@@ -161,7 +178,9 @@ class QuantInitCallback(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the optimizers and calibrate: the module is on its device, and a checkpoint has been loaded."""
-        untrained = adopt_steps(quantized_layers(pl_module), trainer.optimizers)
+        layers = quantized_layers(pl_module)
+        untrained = adopt_steps(layers, trainer.optimizers)
+        separate_steps(layers, trainer.optimizers, _trainer.schedulers(trainer), self.step_lr_scale)
         if _trainer.restores_late(trainer):
             return
         if untrained:
@@ -179,6 +198,7 @@ class QuantInitCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrate, if there was no sanity check; prepare logging."""
         self._calibrate(trainer, pl_module)
+        vars(pl_module).pop("on_load_checkpoint", None)
         self._monitor = Monitor(quantized_layers(pl_module)) if self.log_quantizers else None
 
     @override
@@ -231,6 +251,7 @@ class QuantInitCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind; the quantizers stay."""
         vars(pl_module).pop("configure_model", None)
+        vars(pl_module).pop("on_load_checkpoint", None)
         self._monitor = None
 
     @override
@@ -241,15 +262,42 @@ class QuantInitCallback(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse a checkpoint whose quantizers were set up differently."""
-        differences = [
-            f"{key}: {state_dict[key]!r} in the checkpoint, {value!r} in the callback"
-            for key, value in plain(self.config).items()
-            if not key.endswith("initializer") and key in state_dict and state_dict[key] != value
-        ]
-        if differences:
+        self._refuse_other_settings(state_dict)
+
+    def _refuse_other_settings(self, settings: Mapping[str, Any]) -> None:
+        found = differences(settings, self.config)
+        if found:
             raise MisconfigurationException(
-                "The checkpoint was trained with other quantization settings: " + "; ".join(differences) + "."
+                "The checkpoint was trained with other quantization settings: " + "; ".join(found) + "."
             )
+
+    def _check_order(self, trainer: Trainer) -> None:
+        """Averaging callbacks copy the module when they are set up, so the quantizers must be there by then."""
+        for callback in _trainer.averaging_callbacks(trainer):
+            order = _trainer.callbacks(trainer)
+            if order.index(callback) < order.index(self):
+                name = type(callback).__name__
+                raise MisconfigurationException(
+                    f"`{name}` copies the module before this callback has inserted quantizers: put QuantInitCallback "
+                    f"before {name} in `Trainer(callbacks=[...])`."
+                )
+
+    def _check_before_loading(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a checkpoint that does not fit before its weights are loaded, where torch would name keys only."""
+        on_load_checkpoint = pl_module.on_load_checkpoint
+
+        def check_then_load(checkpoint: dict[str, Any]) -> None:
+            settings = saved_settings(checkpoint)
+            if settings is not None:
+                self._refuse_other_settings(settings)
+            if trainer.state.fn == "fit" and checkpoint.get("optimizer_states") and not has_quantizers(checkpoint):
+                raise MisconfigurationException(
+                    "The checkpoint is one of a float module, whose optimizer knows no steps: load its weights "
+                    "(`Module.load_from_checkpoint(path)`) and call `fit` without `ckpt_path`."
+                )
+            on_load_checkpoint(checkpoint)
+
+        vars(pl_module)["on_load_checkpoint"] = check_then_load
 
     def _insert(self, pl_module: LightningModule, complete: bool = True) -> None:
         try:
@@ -280,6 +328,8 @@ class QuantInitCallback(Callback):
         for start in starts:
             start.apply()
         set_statistics(statistics)
+        for copy in _trainer.averaged_modules(trainer):
+            copy_quantizers(pl_module, copy)
         warn_blind(starts)
         self.report = [make_row(start) for start in starts]
         self._publish(trainer, aggregates([row.error for row in self.report]))

@@ -141,6 +141,12 @@ class QuantConfig:
                 )
             replace(self.default, **settings)
 
+    @classmethod
+    def from_plain(cls, settings: Mapping[str, Any]) -> "QuantConfig":
+        """The settings that :func:`plain` wrote into a checkpoint. Functions known only by name stay names."""
+        of_layers = {f.name: settings[f.name] for f in fields(LayerConfig) if f.name in settings}
+        return cls(LayerConfig(**of_layers), skip=settings["skip"], overrides=settings["overrides"])
+
     def of_layer(self, name: str) -> LayerConfig | None:
         """The settings of a layer, or ``None`` if it stays in float."""
         if any(fnmatchcase(name, pattern) for pattern in self.skip):

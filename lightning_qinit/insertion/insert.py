@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torchmetrics import Metric
 
 from lightning_qinit.config import LayerConfig, QuantConfig
@@ -89,6 +90,13 @@ def named_quantizers(layers: Mapping[str, QuantizedLayer]) -> dict[str, Quantize
     named = {f"{name}.{what}": q for name, layer in layers.items() for what, q in layer.quantizers().items()}
     first = {id(quantizer): name for name, quantizer in reversed(named.items())}
     return {name: quantizer for name, quantizer in named.items() if first[id(quantizer)] == name}
+
+
+def copy_quantizers(module: nn.Module, copy: nn.Module) -> None:
+    """Put the state of all quantizers, and of normalization layers, into a copy of their module."""
+    for name, child in module.named_modules():
+        if isinstance(child, (Quantizer, _NormBase)):
+            copy.get_submodule(name).load_state_dict(child.state_dict())
 
 
 def float_parameters(module: nn.Module) -> list[str]:

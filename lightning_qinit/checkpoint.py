@@ -1,0 +1,82 @@
+"""Checkpoints of quantized modules: what they were trained with, and how they are loaded."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lightning.pytorch import LightningModule
+
+from lightning_qinit.config import QuantConfig, plain
+from lightning_qinit.insertion import insert
+
+STATE_KEY = "QuantInitCallback"
+T = TypeVar("T", bound=LightningModule)
+
+
+def restore(module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
+    """Insert the quantizers that a checkpoint was trained with, so that its state dict loads strictly.
+
+    For a module's own ``on_load_checkpoint``, which Lightning calls before it loads the weights::
+
+        def on_load_checkpoint(self, checkpoint):
+            lightning_qinit.restore(self, checkpoint)
+
+    A checkpoint of a float module changes nothing. Without a Trainer, and through one with the callback, too.
+
+    Args:
+        module: the module that the checkpoint is going to be loaded into.
+        checkpoint: the loaded checkpoint.
+
+    Raises:
+        ValueError: if the checkpoint holds quantizers but not their settings (``save_weights_only=True``).
+    """
+    settings = saved_settings(checkpoint)
+    if settings is not None:
+        insert(module, QuantConfig.from_plain(settings))
+    elif has_quantizers(checkpoint):
+        raise ValueError(
+            "The checkpoint holds quantizers but not their settings, since it was saved with `save_weights_only=True`: "
+            "call `lightning_qinit.prepare(module, ...)` with the settings of the run, then `load_state_dict`."
+        )
+
+
+def load_from_checkpoint(module_class: type[T], checkpoint_path: str | Path, **kwargs: Any) -> T:
+    """``module_class.load_from_checkpoint`` for a quantized checkpoint: strictly, with all quantizers in use.
+
+    Args:
+        module_class: the class of the module; it needs no change.
+        checkpoint_path: what the Trainer saved.
+        **kwargs: as of ``LightningModule.load_from_checkpoint``.
+
+    Returns:
+        The module as it was trained, quantized.
+    """
+
+    def on_load_checkpoint(self: T, checkpoint: dict[str, Any]) -> None:
+        restore(self, checkpoint)
+        module_class.on_load_checkpoint(self, checkpoint)
+
+    restoring: Any = type(module_class.__name__, (module_class,), {"on_load_checkpoint": on_load_checkpoint})
+    module: T = restoring.load_from_checkpoint(checkpoint_path, **kwargs)
+    module.__class__ = module_class
+    return module
+
+
+def saved_settings(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The settings of the callback that trained a checkpoint, if it holds them."""
+    states = checkpoint.get("callbacks") or {}
+    return next((state for key, state in states.items() if key.split("{")[0] == STATE_KEY), None)
+
+
+def has_quantizers(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint holds the state of quantizers."""
+    return any("weight_quantizer." in key or "input_quantizer." in key for key in checkpoint["state_dict"])
+
+
+def differences(settings: Mapping[str, Any], config: QuantConfig) -> list[str]:
+    """In what the settings of a checkpoint differ from those at hand; initializers may."""
+    return [
+        f"{key}: {settings[key]!r} in the checkpoint, {value!r} in the callback"
+        for key, value in plain(config).items()
+        if not key.endswith("initializer") and key in settings and settings[key] != value
+    ]

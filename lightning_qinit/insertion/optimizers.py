@@ -1,0 +1,87 @@
+"""Every step ends in an optimizer exactly once, without weight decay and at its own learning rate."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch.optim import LBFGS, Optimizer
+
+from lightning_qinit.insertion.layers import QuantizedLayer
+
+# Learning rates in a parameter group and per-group lists of learning rates in a scheduler; momenta and factors of the
+# schedulers in torch.optim.lr_scheduler are not scaled.
+RATES = ("lr", "initial_lr", "max_lr", "min_lr", "base_lrs", "max_lrs", "min_lrs", "_last_lr")
+
+
+def adopt_steps(layers: Mapping[str, QuantizedLayer], optimizers: Iterable[Optimizer]) -> list[str]:
+    """Add steps that no optimizer holds to the parameter group that trains their layer.
+
+    Steps are parameters of the layers when ``configure_optimizers`` runs, so it usually finds them; an optimizer
+    built before the Trainer ran (``LightningCLI --optimizer``) does not.
+
+    Returns:
+        Layers whose own parameters are in no optimizer either: their steps stay as calibrated.
+    """
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    group_of = {id(parameter): group for group in groups for parameter in group["params"]}
+    untrained = []
+    for name, layer in layers.items():
+        learned = {id(p): p for q in layer.quantizers().values() for p in q.parameters()}  # tied weights share one
+        missing = [p for p in learned.values() if id(p) not in group_of]
+        group = next((group_of[id(p)] for p in layer.parameters(recurse=False) if id(p) in group_of), None)
+        if missing and group is None:
+            untrained.append(name)
+        elif group is not None:
+            group["params"].extend(missing)
+            group_of.update((id(p), group) for p in missing)
+    return untrained
+
+
+def separate_steps(
+    layers: Mapping[str, QuantizedLayer], optimizers: Iterable[Optimizer], schedulers: Iterable[Any], lr_scale: float
+) -> None:
+    """Give the steps of a group that decays its weights a group of their own that does not.
+
+    Weight decay pulls a step towards zero, where it means nothing (LSQ+ and others leave steps out of it). The new
+    group copies every other setting, and schedulers that were built for the groups there are get the same entries for
+    the new one, so that they go on as before. Groups that need no change stay as they are.
+
+    Args:
+        layers: the quantized layers.
+        optimizers: the optimizers of a trainer.
+        schedulers: its schedulers.
+        lr_scale: learning rate of steps relative to that of the group they come from.
+
+    Raises:
+        ValueError: if an optimizer that has one group only (L-BFGS) would need a second.
+    """
+    steps = {id(p) for layer in layers.values() for q in layer.quantizers().values() for p in q.parameters()}
+    for optimizer in optimizers:
+        its_schedulers = [s for scheduler in schedulers for s in _nested(scheduler) if s.optimizer is optimizer]
+        for index, group in enumerate(list(optimizer.param_groups)):
+            mine = [p for p in group["params"] if id(p) in steps]
+            apart = len(mine) == len(group["params"])  # a group of the user's own, or from an earlier fit
+            if not mine or apart or (not group.get("weight_decay") and lr_scale == 1):
+                continue
+            if isinstance(optimizer, LBFGS):
+                raise ValueError("`step_lr_scale` must be 1 with L-BFGS, which has one parameter group only.")
+            group["params"] = [p for p in group["params"] if id(p) not in steps]
+            settings = {name: _scaled(name, value, lr_scale) for name, value in group.items() if name != "params"}
+            if "weight_decay" in settings:
+                settings["weight_decay"] = 0.0
+            groups = len(optimizer.param_groups)
+            optimizer.add_param_group({"params": mine, **settings})
+            for scheduler in its_schedulers:
+                for name, values in vars(scheduler).items():
+                    if isinstance(values, list) and len(values) == groups and name != "_schedulers":
+                        values.append(_scaled(name, values[index], lr_scale))
+
+
+def _scaled(name: str, value: Any, lr_scale: float) -> Any:
+    return value * lr_scale if name in RATES and value is not None else value
+
+
+def _nested(scheduler: Any) -> Iterator[Any]:
+    """A scheduler and those that it holds (``SequentialLR``, ``ChainedScheduler``)."""
+    yield scheduler
+    for inner in getattr(scheduler, "_schedulers", []):
+        yield from _nested(inner)
