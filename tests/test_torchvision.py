@@ -192,7 +192,9 @@ def test_insert_calibrate_train_reload_and_test(name: str, make_trainer: Callabl
 
     assert float_keys < model.state_dict().keys()
     quantizers = named_quantizers(quantized_layers(model))
-    assert [name for name, quantizer in quantizers.items() if not quantizer.is_calibrated] == unseen
+    idle = [name for name, quantizer in quantizers.items() if not quantizer.is_calibrated]
+    served = (".self_attention.key", ".self_attention.value")  # the same tensor as the query
+    assert [name for name in idle if not name.endswith(served)] == unseen
     trained = Counter(id(p) for group in trainer.optimizers[0].param_groups for p in group["params"])
     for quantizer in quantizers.values():
         assert trained[id(quantizer.step)] == 1

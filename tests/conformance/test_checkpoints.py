@@ -1,4 +1,4 @@
-"""Checkpoints: resume, load, refuse. Upstream issues of the callback that Lightning removed are named where they apply."""
+"""Checkpoints: resume, load, refuse. Numbers are of issues with the callback that Lightning removed."""
 
 import copy
 import subprocess
@@ -52,7 +52,7 @@ def same_outputs(one: nn.Module, other: nn.Module) -> bool:
 
 @pytest.mark.parametrize("settings", KINDS, ids=["plain", "offset and allocated", "narrow and skipped"])
 def test_load_from_checkpoint_is_strict_and_gives_the_trained_module(make_trainer, tmp_path, settings) -> None:
-    """Upstream 6457, 8485, 11346: unexpected keys in `load_from_checkpoint`, since only a callback knew the structure."""
+    """Upstream 6457, 8485, 11346: unexpected keys in `load_from_checkpoint`; only a callback knew the structure."""
     path = tmp_path / "trained.ckpt"
     model = trained(make_trainer, path, **settings)
     loaded = lightning_qinit.load_from_checkpoint(SmallNet, path, learning_rate=0.5)
