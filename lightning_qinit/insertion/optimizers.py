@@ -7,9 +7,9 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_qinit.insertion.layers import QuantizedLayer
 
-# Learning rates in a parameter group and per-group lists of learning rates in a scheduler; momenta and factors of the
-# schedulers in torch.optim.lr_scheduler are not scaled.
+# Learning rates in a parameter group, and what the schedulers of torch keep per group.
 RATES = ("lr", "initial_lr", "max_lr", "min_lr", "base_lrs", "max_lrs", "min_lrs", "_last_lr")
+PER_GROUP = (*RATES, "lr_lambdas", "base_momentums", "max_momentums")
 
 
 def adopt_steps(layers: Mapping[str, QuantizedLayer], optimizers: Iterable[Optimizer]) -> list[str]:
@@ -72,7 +72,7 @@ def separate_steps(
             optimizer.add_param_group({"params": mine, **settings})
             for scheduler in its_schedulers:
                 for name, values in vars(scheduler).items():
-                    if isinstance(values, list) and len(values) == groups and name != "_schedulers":
+                    if name in PER_GROUP and isinstance(values, list) and len(values) == groups:
                         values.append(_scaled(name, values[index], lr_scale))
 
 

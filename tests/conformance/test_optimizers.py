@@ -1,0 +1,280 @@
+"""Optimizers and schedulers: steps train exactly once, without weight decay, and no schedule is disturbed."""
+
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SmallNet, loader
+from torch import Tensor, nn
+from torch.optim import lr_scheduler as schedulers
+
+from lightning_qinit import QuantInitCallback
+from lightning_qinit.insertion import named_quantizers, quantized_layers
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers.*",
+    "ignore:.*no `val_dataloader`.*|.*defined a `validation_step` but have no.*",
+    "ignore:.*smaller than the logging interval.*",
+    "ignore:.*is deprecated, use `isinstance.treespec.*:FutureWarning",  # Lightning's own use of torch
+    "ignore:.*treespec.*",
+)
+
+
+def quiet(**settings) -> QuantInitCallback:
+    return QuantInitCallback(**{"print_report": False, "calibration_batches": 2, **settings})
+
+
+def learned(module: nn.Module) -> dict[str, Tensor]:
+    """Steps and offsets by name."""
+    quantizers = named_quantizers(quantized_layers(module))
+    return {f"{name}.{key}": p for name, q in quantizers.items() for key, p in q.named_parameters()}
+
+
+def check_each_once(module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+    held = Counter(id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
+    assert all(held[id(p)] == 1 for p in learned(module).values())
+    assert set(held.values()) == {1}
+
+
+def with_optimizer(configure: Callable[[pl.LightningModule], Any]) -> pl.LightningModule:
+    class Configured(SmallNet):
+        def configure_optimizers(self) -> Any:
+            return configure(self)
+
+    model = Configured()
+    model.dropout.p = 0.0
+    return model
+
+
+def test_steps_have_no_weight_decay(make_trainer) -> None:
+    model = with_optimizer(lambda m: torch.optim.SGD(m.parameters(), 0.1, weight_decay=0.5))
+    trainer = make_trainer(quiet(activation_quantizer="lsq+"), max_steps=1)
+    trainer.fit(model, loader())
+    check_each_once(model, trainer.optimizers)
+    for group in trainer.optimizers[0].param_groups:
+        steps = [id(p) for p in group["params"] if any(p is q for q in learned(model).values())]
+        assert len(steps) in (0, len(group["params"]))
+        assert group["weight_decay"] == (0.0 if steps else 0.5) and group["lr"] == 0.1
+
+
+def test_without_weight_decay_the_groups_stay_as_they_are(make_trainer) -> None:
+    model = with_optimizer(lambda m: torch.optim.SGD(m.parameters(), 0.1))
+    trainer = make_trainer(quiet(), max_steps=1)
+    trainer.fit(model, loader())
+    assert len(trainer.optimizers[0].param_groups) == 1
+    check_each_once(model, trainer.optimizers)
+
+
+def test_groups_of_the_user_keep_their_settings(make_trainer) -> None:
+    def configure(m: pl.LightningModule) -> torch.optim.Optimizer:
+        steps = set(learned(m).values())
+        rest = [p for p in m.parameters() if p not in steps]
+        groups = [{"params": rest[:3], "lr": 0.1}, {"params": rest[3:], "weight_decay": 0.0}]
+        return torch.optim.AdamW([*groups, {"params": list(steps), "lr": 0.003}], 0.01, weight_decay=0.2)
+
+    model = with_optimizer(configure)
+    trainer = make_trainer(quiet(), max_steps=1)
+    trainer.fit(model, loader())
+    groups = trainer.optimizers[0].param_groups
+    # the third is the user's own choice for steps, decay included
+    assert [(g["lr"], g["weight_decay"]) for g in groups] == [(0.1, 0.2), (0.01, 0.0), (0.003, 0.2)]
+
+
+def test_learning_rate_of_steps(make_trainer) -> None:
+    def run(scale: float) -> tuple[dict[str, Tensor], pl.LightningModule]:
+        torch.manual_seed(0)
+        model = with_optimizer(lambda m: torch.optim.SGD(m.parameters(), 0.1))
+        make_trainer(quiet(step_lr_scale=scale), max_steps=1).fit(model, loader(shuffle=False))
+        moved = {}
+        for name, q in named_quantizers(quantized_layers(model)).items():
+            moved[name] = (q.step - q.initial_step).detach()
+        return moved, model
+
+    (one, model), (ten, other) = run(1.0), run(0.1)
+    assert torch.equal(model.head.weight, other.head.weight)
+    for name, moved in one.items():
+        assert torch.allclose(ten[name], moved * 0.1, rtol=1e-3, atol=1e-7), name
+
+
+@pytest.mark.parametrize("value", [0, -1.0, True, "fast"])
+def test_bad_learning_rate_of_steps(value: object) -> None:
+    with pytest.raises(ValueError, match="`step_lr_scale` must be a positive number, got"):
+        QuantInitCallback(step_lr_scale=value)
+
+
+def test_lbfgs_has_one_group(make_trainer) -> None:
+    model = with_optimizer(lambda m: torch.optim.LBFGS(m.parameters(), 0.1))
+    trainer = make_trainer(quiet(), max_steps=2)
+    trainer.fit(model, loader())
+    check_each_once(model, trainer.optimizers)
+    with pytest.raises(ValueError, match="`step_lr_scale` must be 1 with L-BFGS"):
+        make_trainer(quiet(step_lr_scale=0.1)).fit(
+            with_optimizer(lambda m: torch.optim.LBFGS(m.parameters())), loader()
+        )
+
+
+SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "StepLR": lambda o: schedulers.StepLR(o, 2, 0.5),
+    "MultiStepLR": lambda o: schedulers.MultiStepLR(o, [1, 3]),
+    "ConstantLR": lambda o: schedulers.ConstantLR(o, 0.5, 2),
+    "LinearLR": lambda o: schedulers.LinearLR(o, 0.1, total_iters=4),
+    "ExponentialLR": lambda o: schedulers.ExponentialLR(o, 0.8),
+    "PolynomialLR": lambda o: schedulers.PolynomialLR(o, 8),
+    "CosineAnnealingLR": lambda o: schedulers.CosineAnnealingLR(o, 8),
+    "CosineAnnealingWarmRestarts": lambda o: schedulers.CosineAnnealingWarmRestarts(o, 3),
+    "LambdaLR": lambda o: schedulers.LambdaLR(o, lambda epoch: 0.9**epoch),
+    "MultiplicativeLR": lambda o: schedulers.MultiplicativeLR(o, lambda epoch: 0.9),
+    "CyclicLR": lambda o: schedulers.CyclicLR(o, 0.01, 0.1, step_size_up=2),
+    "OneCycleLR": lambda o: schedulers.OneCycleLR(o, 0.1, total_steps=20),
+    "ReduceLROnPlateau": lambda o: schedulers.ReduceLROnPlateau(o, factor=0.5, patience=0, min_lr=[1e-4]),
+    "SequentialLR": lambda o: schedulers.SequentialLR(
+        o, [schedulers.LinearLR(o, 0.1, total_iters=2), schedulers.ExponentialLR(o, 0.8)], [2]
+    ),
+    "ChainedScheduler": lambda o: schedulers.ChainedScheduler(
+        [schedulers.ConstantLR(o, 0.5, 2), schedulers.ExponentialLR(o, 0.8)]
+    ),
+}
+
+
+def test_every_scheduler_of_torch_is_tried() -> None:
+    every = {name for name, kind in vars(schedulers).items() if isinstance(kind, type)}
+    every = {n for n in every if issubclass(getattr(schedulers, n), schedulers.LRScheduler) and not n.startswith("_")}
+    assert set(SCHEDULERS) == every - {"LRScheduler"}
+
+
+class Scheduled(SmallNet):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.dropout.p = 0.0
+        self.rates: list[list[float]] = []
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
+        scheduler = SCHEDULERS[self.name](optimizer)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step", "monitor": "train_loss", "strict": False}]
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.rates.append([group["lr"] for group in self.optimizers().param_groups])
+
+
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*optimizer.step.*:UserWarning")
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedules_go_on_for_steps_too_and_resume(make_trainer, tmp_path: Path, name: str) -> None:
+    start = Scheduled(name)
+
+    def run(epochs: int, resume: Path | None = None, *callbacks: pl.Callback) -> Scheduled:
+        model = copy.deepcopy(start)
+        trainer = make_trainer(*callbacks, max_epochs=epochs)
+        with warnings.catch_warnings():  # torch's own remarks on some schedulers' arguments
+            warnings.simplefilter("ignore", UserWarning)
+            trainer.fit(model, loader(shuffle=False), ckpt_path=resume)
+            trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return model
+
+    plain, quantized = run(4), run(4, None, quiet(step_lr_scale=0.5))
+    assert [len(rates) for rates in quantized.rates] == [2] * 16
+    assert any(rates != quantized.rates[0] for rates in quantized.rates)
+    for ours, theirs in zip(quantized.rates, plain.rates, strict=True):
+        if name != "ReduceLROnPlateau":  # it follows the loss
+            assert ours[0] == pytest.approx(theirs[0])
+        assert ours[1] == pytest.approx(0.5 * ours[0])
+    run(2, None, quiet(step_lr_scale=0.5))
+    resumed = run(4, tmp_path / "2.ckpt", quiet(step_lr_scale=0.5))
+    assert resumed.rates == quantized.rates[8:]
+    for key, value in quantized.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+def test_cli_optimizer_is_adopted_and_keeps_no_decay(make_trainer) -> None:
+    model = SmallNet()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.3)
+    scheduler = schedulers.LambdaLR(optimizer, lambda epoch: 0.5**epoch)
+    model.configure_optimizers = lambda: ([optimizer], [scheduler])  # what LightningCLI does
+    make_trainer(quiet(), max_epochs=2).fit(model, loader())
+    check_each_once(model, [optimizer])
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.3, 0.0]
+    assert [g["lr"] for g in optimizer.param_groups] == [0.0025, 0.0025]
+    make_trainer(quiet(), max_epochs=1).fit(model, loader())  # the same optimizer object again
+    check_each_once(model, [optimizer])
+    assert len(optimizer.param_groups) == 2
+
+
+def test_an_optimizer_over_part_of_the_parameters(make_trainer) -> None:
+    model = with_optimizer(lambda m: torch.optim.SGD([*m.hidden.parameters(), *m.head.parameters()], 0.1))
+    with pytest.warns(UserWarning, match="No optimizer trains stem, body, so the steps of these layers stay as calib"):
+        make_trainer(quiet(), max_steps=2).fit(model, loader())
+    for name, quantizer in named_quantizers(quantized_layers(model)).items():
+        assert torch.equal(quantizer.step, quantizer.initial_step) == name.startswith(("stem", "body")), name
+
+
+class GAN(pl.LightningModule):
+    """Two optimizers, alternating by hand, with schedulers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.generator = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 36))
+        self.critic = nn.Sequential(nn.Linear(36, 40), nn.LeakyReLU(0.2), nn.Linear(40, 1))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        of_generator, of_critic = self.optimizers()
+        real, noise = batch[0].flatten(1), torch.randn(len(batch[0]), 8, device=self.device)
+        self.toggle_optimizer(of_critic)
+        scores = self.critic(torch.cat((real, self.generator(noise).detach())))
+        target = torch.cat((torch.ones(len(real), 1), torch.zeros(len(real), 1)))
+        loss = F.binary_cross_entropy_with_logits(scores, target)
+        of_critic.zero_grad()
+        self.manual_backward(loss)
+        self.clip_gradients(of_critic, 1.0)
+        of_critic.step()
+        self.untoggle_optimizer(of_critic)
+        self.toggle_optimizer(of_generator)
+        loss = F.binary_cross_entropy_with_logits(self.critic(self.generator(noise)), torch.ones(len(real), 1))
+        of_generator.zero_grad()
+        self.manual_backward(loss)
+        of_generator.step()
+        self.untoggle_optimizer(of_generator)
+        self.log("critic", loss)
+        for scheduler in self.lr_schedulers():
+            scheduler.step()
+
+    def configure_optimizers(self) -> Any:
+        optimizers = [torch.optim.Adam(part.parameters(), 0.01) for part in (self.generator, self.critic)]
+        return optimizers, [schedulers.StepLR(optimizer, 1, 0.9) for optimizer in optimizers]
+
+
+@pytest.mark.parametrize("settings", [{}, {"criterion": "fisher"}, {"step_lr_scale": 0.1}], ids=str)
+def test_gan(make_trainer, settings: dict) -> None:
+    model, callback = GAN(), quiet(first_last_bits=None, **settings)
+    weights = copy.deepcopy(model.state_dict())
+
+    class Check(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            assert callback.report and trainer.global_step == 0  # calibrated, and nothing has moved
+            assert all(torch.equal(pl_module.state_dict()[name], value) for name, value in weights.items())
+            assert all(s.last_epoch == 0 for s in pl_module.lr_schedulers())
+
+    trainer = make_trainer(callback, Check(), max_epochs=1)
+    trainer.fit(model, loader())
+    check_each_once(model, trainer.optimizers)
+    for optimizer, part in zip(trainer.optimizers, (model.generator, model.critic), strict=True):
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        assert held == {id(p) for p in part.parameters()}
+    moved = [not torch.equal(q.step, q.initial_step) for q in named_quantizers(quantized_layers(model)).values()]
+    assert trainer.global_step == 8 and all(moved)
+
+
+def test_accumulation_and_clipping(make_trainer) -> None:
+    model = with_optimizer(lambda m: torch.optim.SGD(m.parameters(), 0.1))
+    trainer = make_trainer(quiet(), accumulate_grad_batches=2, gradient_clip_val=0.5, max_epochs=2)
+    trainer.fit(model, loader())
+    assert trainer.global_step == 4
+    assert all(not torch.equal(q.step, q.initial_step) for q in named_quantizers(quantized_layers(model)).values())
