@@ -38,11 +38,19 @@ def isolate_rng() -> Iterator[None]:
 def is_stream(trainer: Trainer) -> bool:
     """Whether the training data can be read only once: reading ahead would take it away from training."""
     source = trainer.fit_loop._data_source
-    for loader in [] if source.is_module() else CombinedLoader(source.instance).flattened:
-        data = loader.dataset if isinstance(loader, DataLoader) else loader
-        if (not isinstance(loader, DataLoader) or isinstance(data, IterableDataset)) and iter(data) is data:
-            return True
-    return False
+    if source.is_module():
+        return False
+    given = source.instance
+    loaders = (given if isinstance(given, CombinedLoader) else CombinedLoader(given)).flattened
+    with isolate_rng():  # starting an iterator may draw random numbers
+        return any(_is_one_shot(loader) for loader in loaders)
+
+
+def _is_one_shot(loader: Any) -> bool:
+    data = loader.dataset if isinstance(loader, DataLoader) else loader
+    if isinstance(loader, DataLoader) and not isinstance(data, IterableDataset):
+        return False
+    return iter(data) is data
 
 
 @contextmanager

@@ -151,6 +151,7 @@ class QuantInitCallback(Callback):
         self.print_report = print_report
         self.report: list[ReportRow] = []
         self._monitor: Monitor | None = None
+        self._groups = 0  # of parameters, in all optimizers
         self._calibrates = False  # has still to calibrate in this fit
         self._waits_for_batch = False  # has still to calibrate, on the first batch that training sees
 
@@ -178,9 +179,7 @@ class QuantInitCallback(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the optimizers and calibrate: the module is on its device, and a checkpoint has been loaded."""
-        layers = quantized_layers(pl_module)
-        untrained = adopt_steps(layers, trainer.optimizers)
-        separate_steps(layers, trainer.optimizers, _trainer.schedulers(trainer), self.step_lr_scale)
+        untrained = self._settle_optimizers(trainer, pl_module)
         if _trainer.restores_late(trainer):
             return
         if untrained:
@@ -204,6 +203,8 @@ class QuantInitCallback(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure the batches of a logging step. Calibrate here on data that cannot be read ahead."""
+        if self._groups != _count_groups(trainer):  # a layer was unfrozen
+            self._settle_optimizers(trainer, pl_module)
         if self._waits_for_batch:
             self._waits_for_batch = False
             self._start(trainer, pl_module, batch)
@@ -263,6 +264,14 @@ class QuantInitCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse a checkpoint whose quantizers were set up differently."""
         self._refuse_other_settings(state_dict)
+
+    def _settle_optimizers(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
+        """Have every step in an optimizer, without weight decay; the layers that none trains."""
+        layers = quantized_layers(pl_module)
+        untrained = adopt_steps(layers, trainer.optimizers)
+        separate_steps(layers, trainer.optimizers, _trainer.schedulers(trainer), self.step_lr_scale)
+        self._groups = _count_groups(trainer)
+        return untrained
 
     def _refuse_other_settings(self, settings: Mapping[str, Any]) -> None:
         found = differences(settings, self.config)
@@ -368,3 +377,7 @@ class QuantInitCallback(Callback):
                 "No quantizer is calibrated, so these are the numbers of the float module: run `fit` first, or load a "
                 "checkpoint of a quantized one."
             )
+
+
+def _count_groups(trainer: Trainer) -> int:
+    return sum(len(optimizer.param_groups) for optimizer in trainer.optimizers)

@@ -145,5 +145,7 @@ def _quantize_layer(layer: nn.Module, config: LayerConfig, shared: dict[int, Qua
         held["input_quantizer"] = nn.ModuleDict(inputs) if len(inputs) > 1 else inputs[quantized.inputs[0]]
     for attribute, quantizers in held.items():
         layer.register_module(attribute, quantizers)
+        if quantizers is not None and not any(weight.requires_grad for weight in weights.values()):
+            quantizers.requires_grad_(False)  # a frozen layer stays frozen as a whole
     layer.__class__ = quantized
     vars(layer)["quant_config"] = config  # no parameter, buffer or module: past nn.Module's own bookkeeping

@@ -19,7 +19,8 @@ def adopt_steps(layers: Mapping[str, QuantizedLayer], optimizers: Iterable[Optim
     built before the Trainer ran (``LightningCLI --optimizer``) does not.
 
     Returns:
-        Layers whose own parameters are in no optimizer either: their steps stay as calibrated.
+        Layers whose own parameters are in no optimizer either, though they are not frozen: their steps stay as
+        calibrated.
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     group_of = {id(parameter): group for group in groups for parameter in group["params"]}
@@ -29,7 +30,8 @@ def adopt_steps(layers: Mapping[str, QuantizedLayer], optimizers: Iterable[Optim
         missing = [p for p in learned.values() if id(p) not in group_of]
         group = next((group_of[id(p)] for p in layer.parameters(recurse=False) if id(p) in group_of), None)
         if missing and group is None:
-            untrained.append(name)
+            if any(p.requires_grad for p in layer.parameters(recurse=False)):
+                untrained.append(name)
         elif group is not None:
             group["params"].extend(missing)
             group_of.update((id(p), group) for p in missing)

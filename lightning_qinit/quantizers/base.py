@@ -71,9 +71,10 @@ class Quantizer(nn.Module, ABC):
         self.enabled = True
         self._settings = (bool(signed), int(bits))
         self.step = nn.Parameter(torch.empty(channels, dtype=torch.float32, device=device))
+        # flags are integers, since callbacks that average weights subtract buffers, and bools cannot be subtracted
         self.register_buffer("initial_step", torch.empty(channels, dtype=torch.float32, device=device))
-        self.register_buffer("calibrated", torch.empty(1, dtype=torch.bool, device=device))
-        self.register_buffer("signed", torch.empty(1, dtype=torch.bool, device=device))
+        self.register_buffer("calibrated", torch.empty(1, dtype=torch.int64, device=device))
+        self.register_buffer("signed", torch.empty(1, dtype=torch.int64, device=device))
         self.register_buffer("bits", torch.empty(1, dtype=torch.int64, device=device))
         self.reset_parameters()
         # nn.TransformerEncoderLayer has a fused path in eval mode that never calls its Linear layers; it takes

@@ -1,0 +1,151 @@
+"""Every way to give a Trainer data, and to limit it: training sees the batches that it would see without us."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from conftest import SmallNet, loader, small_data
+from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_qinit import QuantInitCallback
+from lightning_qinit.insertion import named_quantizers, quantized_layers
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers.*",
+    "ignore:.*no `val_dataloader`.*|.*defined a `validation_step` but have no.*",
+    "ignore:.*smaller than the logging interval.*",
+    "ignore:.*is deprecated, use `isinstance.treespec.*:FutureWarning",  # Lightning's own use of torch
+    "ignore:.*treespec.*",
+    "ignore:.*overfit_batches.*|.*You requested to overfit.*",
+    "ignore:This process .* is multi-threaded, use of fork.*:DeprecationWarning",
+)
+
+
+def quiet(**settings) -> QuantInitCallback:
+    return QuantInitCallback(**{"print_report": False, "calibration_batches": 3, **settings})
+
+
+class Records(SmallNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def batch(self, batch: Any) -> list[Tensor]:
+        if isinstance(batch, dict):
+            batch = next(iter(batch.values()))
+        return batch[0] if isinstance(batch[0], list) else batch
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batch = self.batch(batch)
+        self.seen.append(batch[0].clone())
+        return super().training_step(batch, batch_idx)
+
+
+class Numbers(IterableDataset):
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        return iter(small_data())
+
+
+class Batches:
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        return iter(loader())
+
+
+class Stream(IterableDataset):
+    def __init__(self) -> None:
+        self.items = iter(small_data())
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> list[Tensor]:
+        return next(self.items)
+
+
+class Data(pl.LightningDataModule):
+    def train_dataloader(self) -> DataLoader:
+        return loader()
+
+
+def with_generator() -> DataLoader:
+    return DataLoader(small_data(), 8, shuffle=True, generator=torch.Generator().manual_seed(3))
+
+
+SOURCES: dict[str, Callable[[], Any]] = {
+    "shuffled": loader,
+    "own generator": with_generator,
+    "datamodule": Data,
+    "workers": lambda: DataLoader(small_data(), 8, shuffle=True, num_workers=1),
+    "persistent workers": lambda: DataLoader(small_data(), 8, shuffle=True, num_workers=1, persistent_workers=True),
+    "iterable": lambda: DataLoader(Numbers(), 8),
+    "stream": lambda: DataLoader(Stream(), 8),
+    "plain iterable": lambda: Batches(),
+    "dict": lambda: {"a": loader(), "b": loader(batch_size=4)},
+    "list of loaders": lambda: [loader(), loader()],
+    "combined": lambda: CombinedLoader({"a": loader(), "b": loader(16)}, "min_size"),
+}
+
+
+def run(make_trainer, source: Callable[[], Any], *callbacks: pl.Callback, **limits) -> Records:
+    torch.manual_seed(0)
+    model = Records()
+    data = source()
+    trainer = make_trainer(*callbacks, **{"max_epochs": 2, **limits})
+    if isinstance(data, pl.LightningDataModule):
+        trainer.fit(model, datamodule=data)
+    else:
+        trainer.fit(model, data)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*treated as.*|Your `IterableDataset` has `__len__`.*")
+@pytest.mark.parametrize("name", SOURCES)
+def test_batches_are_those_of_a_run_without_the_callback(make_trainer, name: str) -> None:
+    plain, callback = run(make_trainer, SOURCES[name]), quiet()
+    quantized = run(make_trainer, SOURCES[name], callback)
+    assert len(callback.report) == 8
+    assert len(plain.seen) == len(quantized.seen) > 0
+    assert all(torch.equal(a, b) for a, b in zip(plain.seen, quantized.seen, strict=True))
+
+
+LIMITS: dict[str, dict[str, Any]] = {
+    "fast_dev_run": {"fast_dev_run": 2},
+    "overfit_batches": {"overfit_batches": 2},
+    "two batches": {"limit_train_batches": 2},
+    "half": {"limit_train_batches": 0.5},
+    "reload": {"reload_dataloaders_every_n_epochs": 1},
+    "accumulate": {"accumulate_grad_batches": 2},
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_limits(make_trainer, name: str) -> None:
+    plain, callback = run(make_trainer, loader, **LIMITS[name]), quiet()
+    quantized = run(make_trainer, loader, callback, **LIMITS[name])
+    assert len(callback.report) == 8
+    assert len(plain.seen) == len(quantized.seen) > 0
+    assert all(torch.equal(a, b) for a, b in zip(plain.seen, quantized.seen, strict=True))
+
+
+def test_calibration_reads_no_further_than_the_limit(make_trainer) -> None:
+    read = []
+
+    class Watched(SmallNet):
+        def calibration_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            read.append(batch[0])
+            self(batch[0])
+
+    torch.manual_seed(0)
+    make_trainer(quiet(calibration_batches=99), limit_train_batches=2).fit(Watched(), loader(shuffle=False))
+    assert len(read) == 2
+
+
+def test_no_batches_at_all(make_trainer) -> None:
+    model = SmallNet()
+    with pytest.warns(UserWarning, match="saw no training batch"):
+        make_trainer(quiet(sequential=True), limit_train_batches=0, max_epochs=1).fit(model, loader())
+    assert not any(q.is_calibrated for q in named_quantizers(quantized_layers(model)).values())
