@@ -121,6 +121,11 @@ def run_step(trainer: Trainer, batch: Any, batch_idx: int) -> Any:
         return trainer.strategy.training_step(*arguments.values())
 
 
+def overrides(module: LightningModule, hook: str) -> bool:
+    """Whether a module has a hook of its own, in either Lightning package."""
+    return not getattr(module, hook).__module__.startswith(("lightning.pytorch.", "pytorch_lightning."))
+
+
 def pulls_batches_itself(module: LightningModule) -> bool:
     """Whether ``training_step`` takes the iterator of the loader instead of a batch."""
     return is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True)

@@ -8,7 +8,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import override
@@ -161,7 +160,7 @@ class QuantInitCallback(Callback):
         self._check_order(trainer)
         self._check_before_loading(trainer, pl_module)
         self._calibrates = stage == "fit"
-        builds_late = any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model"))
+        builds_late = _trainer.overrides(pl_module, "setup") or _trainer.overrides(pl_module, "configure_model")
         self._insert(pl_module, complete=not builds_late)
         if not builds_late:
             return
@@ -254,6 +253,11 @@ class QuantInitCallback(Callback):
         vars(pl_module).pop("configure_model", None)
         vars(pl_module).pop("on_load_checkpoint", None)
         self._monitor = None
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """As at teardown, which an exception skips."""
+        self.teardown(trainer, pl_module, "exception")
 
     @override
     def state_dict(self) -> dict[str, Any]:
