@@ -166,6 +166,11 @@ def schedulers(trainer: Trainer) -> list[Any]:
     return [config.scheduler for config in trainer.lr_scheduler_configs]
 
 
+def spawns(trainer: Trainer) -> bool:
+    """Whether this process was started by the one that holds the user's module, and works on a copy of it."""
+    return type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher"
+
+
 def is_logging_step(trainer: Trainer) -> bool:
     """Whether the loggers get values for the batch being trained: each ``log_every_n_steps`` optimizer steps."""
     return is_logging_batch(trainer) and not trainer.fit_loop.epoch_loop._should_accumulate()

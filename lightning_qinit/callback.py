@@ -157,6 +157,12 @@ class QuantInitCallback(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Insert, in every stage: the optimizer, the strategy and checkpoints must see the quantizers."""
+        if _trainer.spawns(trainer) and not quantized_layers(pl_module):
+            raise MisconfigurationException(
+                "This strategy trains copies of the module in processes of their own, and the module at hand would "
+                "never see their quantizers: call `lightning_qinit.prepare(module, ...)` with the same settings before "
+                '`fit`, or use `strategy="ddp"`.'
+            )
         self._check_order(trainer)
         self._check_before_loading(trainer, pl_module)
         self._calibrates = stage == "fit"

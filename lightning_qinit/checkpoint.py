@@ -78,5 +78,14 @@ def differences(settings: Mapping[str, Any], config: QuantConfig) -> list[str]:
     return [
         f"{key}: {settings[key]!r} in the checkpoint, {value!r} in the callback"
         for key, value in plain(config).items()
-        if not key.endswith("initializer") and key in settings and settings[key] != value
+        if not key.endswith("initializer")
+        and key in settings
+        and _without_initializers(settings[key]) != _without_initializers(value)
     ]
+
+
+def _without_initializers(value: Any) -> Any:
+    """The same without the initializers in ``overrides``."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key: _without_initializers(item) for key, item in value.items() if not key.endswith("initializer")}

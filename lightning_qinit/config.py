@@ -38,7 +38,8 @@ class LayerConfig:
         per_channel: one weight step per output channel, or one per layer.
         first_last_bits: bits instead of both of the above if this is the first or the last layer to run; ``None``
             for no exception.
-        bits_are_set: whether ``overrides`` set the bits of the weight, so that ``average_bits`` leaves them alone.
+        own_bits: roles whose bits ``overrides`` set, so that neither ``first_last_bits`` nor ``average_bits`` change
+            them.
     """
 
     weight_bits: int | None = 4
@@ -51,7 +52,7 @@ class LayerConfig:
     activation_initializer: InitializerChoice | None = None
     per_channel: bool = True
     first_last_bits: int | None = 8
-    bits_are_set: bool = field(default=False, kw_only=True)
+    own_bits: tuple[Role, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         for argument in ("weight_bits", "activation_bits", "first_last_bits"):
@@ -61,9 +62,15 @@ class LayerConfig:
         for role in ROLES:
             self.make_quantizer(role)
             self.initializer_of(role)
-            bits = getattr(self, f"{role}_bits")
-            for number in dict.fromkeys(b for b in (bits, bits and self.first_last_bits) if b):
-                self._check_pair(role, number)
+
+    def check(self) -> None:
+        """Raise ``ValueError`` if a quantizer does not take its bits, or an initializer has no answer for them."""
+        for role in ROLES:
+            bits: int | None = getattr(self, f"{role}_bits")
+            if bits is not None:
+                self._check_pair(role, bits)
+                if role not in self.own_bits and self.first_last_bits not in (None, bits):
+                    self._check_pair(role, self.first_last_bits, "`first_last_bits`: ")
 
     def check_widths(self, widths: Iterable[int]) -> None:
         """Raise ``ValueError`` if weights cannot have one of the widths that ``average_bits`` chooses from."""
@@ -71,7 +78,7 @@ class LayerConfig:
             for bits in widths if self.weight_bits is not None else ():
                 self._check_pair("weight", bits)
         except ValueError as error:
-            raise ValueError(f"`average_bits` tries 2 to 8 bits, and {error}") from error
+            raise ValueError(f"`average_bits` tries 2 to 8 bits: {error}") from error
 
     def make_quantizer(self, role: Role) -> Callable[..., Quantizer]:
         """What builds the quantizers of weights (``"weight"``) or inputs (``"activation"``)."""
@@ -88,7 +95,7 @@ class LayerConfig:
         argument = what if getattr(self, own) is None else own
         return argument, getattr(self, argument)
 
-    def _check_pair(self, role: Role, bits: int) -> None:
+    def _check_pair(self, role: Role, bits: int, source: str = "") -> None:
         """Build a quantizer and let a named initializer see its levels: what they cannot do, they say here."""
         argument, choice = self._choice(role, "quantizer")
         try:
@@ -98,7 +105,7 @@ class LayerConfig:
             ]
         except (ValueError, TypeError) as error:
             raise ValueError(
-                f"`{argument}` = {choice!r} does not take {bits} bits for {PLURAL[role]}: {error}"
+                f"{source}`{argument}` = {choice!r} does not take {bits} bits for {PLURAL[role]}: {error}"
             ) from error
         argument, choice = self._choice(role, "initializer")
         if not isinstance(choice, str) or choice not in INITIALIZERS:
@@ -110,7 +117,7 @@ class LayerConfig:
                 initialize(self.initializer_of(role), Sample.of_tensor(data), levels, quantizer.has_offset)
         except ValueError as error:
             raise ValueError(
-                f"`{argument}` = {choice!r} does not apply to {PLURAL[role]} with {bits} bits: {error} "
+                f"{source}`{argument}` = {choice!r} does not apply to {PLURAL[role]} with {bits} bits: {error} "
                 f"(`{role}_initializer` sets that of {PLURAL[role]} alone.)"
             ) from error
 
@@ -131,15 +138,16 @@ class QuantConfig:
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.default.check()
         if isinstance(self.skip, str):
             raise ValueError(f"`skip` must be a sequence of glob patterns, got the string {self.skip!r}.")
         for pattern, settings in self.overrides.items():
-            known = {setting.name for setting in fields(LayerConfig)} - {"bits_are_set"}
+            known = {setting.name for setting in fields(LayerConfig)} - {"own_bits"}
             if not isinstance(settings, Mapping) or not known.issuperset(settings):
                 raise ValueError(
                     f"`overrides[{pattern!r}]` must map some of {sorted(known)} to values, got {settings!r}."
                 )
-            replace(self.default, **settings)
+            replace(self.default, **settings)  # each value by itself; together they are checked layer by layer
 
     @classmethod
     def from_plain(cls, settings: Mapping[str, Any]) -> "QuantConfig":
@@ -148,19 +156,25 @@ class QuantConfig:
         return cls(LayerConfig(**of_layers), skip=settings["skip"], overrides=settings["overrides"])
 
     def of_layer(self, name: str) -> LayerConfig | None:
-        """The settings of a layer, or ``None`` if it stays in float."""
+        """The settings of a layer, or ``None`` if it stays in float.
+
+        Raises:
+            ValueError: if they contradict each other.
+        """
         if any(fnmatchcase(name, pattern) for pattern in self.skip):
             return None
         config = self.default
         for pattern, settings in self.overrides.items():
             if fnmatchcase(name, pattern):
-                implied: dict[str, Any] = {}
-                if {"weight_bits", "activation_bits"} & settings.keys():
-                    implied["first_last_bits"] = None
-                if "weight_bits" in settings:
-                    implied["bits_are_set"] = True
-                config = replace(config, **{**implied, **settings})
-        return None if config.weight_bits is None and config.activation_bits is None else config
+                own: set[Role] = {role for role in ROLES if f"{role}_bits" in settings}
+                config = replace(config, own_bits=tuple({*config.own_bits, *own}), **settings)
+        if config.weight_bits is None and config.activation_bits is None:
+            return None
+        try:
+            config.check()
+        except ValueError as error:
+            raise ValueError(f"Layer {name!r}: {error}") from error
+        return config
 
     def check_patterns(self, names: Iterable[str]) -> None:
         """Raise ``ValueError`` for a pattern of ``skip`` or ``overrides`` that matches none of the layer names."""
@@ -202,7 +216,8 @@ class CalibrationConfig:
             if not isinstance(getattr(self, argument), bool):
                 raise ValueError(f"`{argument}` must be True or False, got {getattr(self, argument)!r}.")
         average = self.average_bits
-        if average is not None and (isinstance(average, bool) or not 2 <= average <= 8):
+        number = isinstance(average, (int, float)) and not isinstance(average, bool)
+        if average is not None and not (number and 2 <= average <= 8):
             raise ValueError(f"`average_bits` must be a number from 2 to 8, or None, got {average!r}.")
 
 
@@ -248,7 +263,7 @@ def _import(path: str) -> Any:
 
 def plain(config: QuantConfig) -> dict[str, Any]:
     """The settings as plain types, for checkpoints: classes and functions become names or import paths."""
-    names = [setting.name for setting in fields(LayerConfig) if setting.name != "bits_are_set"]
+    names = [setting.name for setting in fields(LayerConfig) if setting.name != "own_bits"]
     settings: dict[str, Any] = {name: _plain(getattr(config.default, name)) for name in names}
     settings["skip"] = list(config.skip)
     settings["overrides"] = {pattern: _plain(values) for pattern, values in config.overrides.items()}
@@ -256,10 +271,18 @@ def plain(config: QuantConfig) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    """One form for settings that mean the same: names, lists and numbers instead of objects."""
     if isinstance(value, Mapping):
+        if set(value) == {"name"}:
+            return _plain(value["name"])
         return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
+    if hasattr(value, "tolist"):  # arrays and tensors
+        return _plain(value.tolist())
+    if isinstance(value, (list, tuple, range)):
         return [_plain(item) for item in value]
+    if isinstance(value, str) and "." in value:
+        found = _import(value)
+        return _plain(found) if callable(found) else value
     if isinstance(value, type) and issubclass(value, Quantizer) and Quantizer.registry.get(value.name) is value:
         return value.name
     if callable(value):

@@ -70,7 +70,11 @@ def calibrate(
         recalibrate_batchnorm: as there.
 
     Returns:
-        A row per quantizer: its step, its error and what other initializers would have cost.
+        A row per quantizer: its step, its error and what other initializers would have cost. Layers that did not run
+        have none and stay in float.
+
+    Raises:
+        ValueError: if the module has no quantizers, no batch runs them, or ``"fisher"`` finds no loss.
     """
     config = CalibrationConfig(
         criterion=criterion,
@@ -83,10 +87,17 @@ def calibrate(
         output = (step or _call)(module, batch)
         return [output] if isinstance(output, Tensor) else []
 
+    layers = quantized_layers(module)
+    if not layers:
+        raise ValueError(f"{type(module).__name__} has no quantizers: call `prepare(module, ...)` first.")
+    if criterion == "fisher" and step is None:
+        raise ValueError("`criterion` = 'fisher' needs a `step` that returns the loss, got None.")
     norms = trained_norms(module)
     with torch.no_grad(), restored(module):
         calibration_mode(module)
-        starts, _, statistics = Passes(batches, run, "step").choose(quantized_layers(module), config, norms)
+        starts, seen, statistics = Passes(batches, run, "step").choose(layers, config, norms)
+    if not seen.first_run:
+        raise ValueError("`batches` must hold at least one batch that runs a quantized layer, got none.")
     for start in starts:
         start.apply()
     set_statistics(statistics)

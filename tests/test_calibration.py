@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_qinit import QuantInitCallback, Sample, calibrate, prepare
+from lightning_qinit import Codebook, QuantInitCallback, Sample, calibrate, prepare
 from lightning_qinit.calibration import Sketch, observe
 from lightning_qinit.calibration.allocate import allocate_bits
 from lightning_qinit.functional import fake_quantize, optimal_scale
@@ -332,6 +332,150 @@ def test_average_bits_spends_where_the_error_is(make_trainer) -> None:
     assert tuple(chosen.values()) == best
 
 
+def test_average_bits_under_a_criterion_that_some_weights_have_no_importance_for() -> None:
+    torch.manual_seed(0)
+    # three equal weights; hessian knows nothing of the recurrent one, so it counts with the mean importance
+    layers = nn.Sequential(nn.Linear(40, 40), nn.RNN(40, 40, bias=False), nn.Linear(40, 40))
+    with torch.no_grad():
+        layers[1].weight_ih_l0.copy_(layers[0].weight)
+        layers[1].weight_hh_l0.copy_(layers[0].weight)
+        layers[2].weight.copy_(layers[0].weight)
+
+    def run(module: nn.Module, x: Tensor) -> Tensor:
+        hidden, _ = module[1](x)
+        return module[0](x) + module[2](x) + hidden
+
+    prepare(layers, activation_bits=None, first_last_bits=None)
+    rows = calibrate(layers, [torch.randn(6, 5, 40)], step=run, criterion="hessian", average_bits=4.0)
+    assert {row.bits for row in rows} == {4}
+
+
+def test_batches_that_the_step_takes_apart_are_whole_in_the_next_pass(make_trainer) -> None:
+    class Pops(SmallNet):
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            y = batch.pop("y")
+            x = batch["x"].add_(1)
+            return F.cross_entropy(self(x), y)
+
+    class Named(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 32
+
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            x, y = small_data()[index]
+            return {"x": x, "y": y}
+
+    steps = []
+    for sequential in (False, True):
+        torch.manual_seed(0)
+        model = Pops()
+        callback = quiet(sequential=sequential, recalibrate_batchnorm=True)
+        make_trainer(callback, max_steps=1).fit(model, torch.utils.data.DataLoader(Named(), 8))
+        steps.append(model.stem.input_quantizer.initial_step)
+    assert torch.equal(*steps)
+
+
+def test_hessian_of_tied_weights_is_that_of_all_their_uses() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(10, 40), nn.Linear(40, 10, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.table(ids))
+
+    torch.manual_seed(0)
+    model, ids = Tied(), torch.randint(10, (30,))
+    weight = model.table.weight.detach().clone()
+    prepare(model, weight_bits=3, activation_bits=None, first_last_bits=None)
+    calibrate(model, [ids], criterion="hessian")
+    counts = torch.bincount(ids, minlength=10).double()[:, None]
+    importance = counts + weight[ids].double().square().sum(0)
+    fit = optimal_scale(weight, model.table.weight_quantizer.levels, 0, importance)
+    assert torch.allclose(model.table.weight_quantizer.step.double(), fit.scale, rtol=1e-5)
+
+
+def test_criteria_on_pruned_and_checkpointed_layers() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 3))
+    nn.utils.prune.l1_unstructured(model[0], "weight", 0.5)
+    prepare(model, first_last_bits=None)
+    rows = calibrate(model, [torch.randn(5, 40)], criterion="hessian")
+    assert len(rows) == 4 and not any("importance" in row.note for row in rows if row.what == "weight")
+
+    model = nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 3))
+    plain = copy.deepcopy(model)
+
+    def loss(module: nn.Module, x: Tensor) -> Tensor:
+        return module(x).square().sum()
+
+    def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
+        x = torch.utils.checkpoint.checkpoint(module[0], x, use_reentrant=False)
+        return module[2](module[1](x)).square().sum()
+
+    x = torch.randn(9, 40)
+    for module, step in ((model, checkpointed), (plain, loss)):
+        prepare(module, first_last_bits=None)
+        calibrate(module, [x], step=step, criterion="fisher")
+    for name, value in plain.state_dict().items():
+        assert torch.allclose(value, model.state_dict()[name], rtol=1e-5), name
+
+
+def test_overrides_are_checked_layer_by_layer() -> None:
+    model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40), nn.Linear(40, 3))
+    four = {"weight_quantizer": {"name": "codebook", "levels": [-1, 0, 0.5, 1]}}
+    prepare(copy.deepcopy(model), overrides={"1": {"weight_bits": 2, **four}})
+    prepare(copy.deepcopy(model), overrides={"*": {"weight_bits": 2}, "1": four})
+    with pytest.raises(ValueError, match="Layer '1': `weight_quantizer` = .* does not take 4 bits for weights"):
+        prepare(copy.deepcopy(model), overrides={"1": four})
+    prepare(model, weight_bits=2, overrides={"0": {"activation_bits": None}})
+    rows = calibrate(model, [torch.randn(9, 40)])
+    bits = {row.name: row.bits for row in rows}
+    assert bits["0.weight"] == 8 and "0.input" not in bits and bits["1.weight"] == 2  # of its own role alone
+    narrow = {"1": {"weight_initializer": "kl"}}
+    model = prepare(nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40), nn.Linear(40, 3)), overrides=narrow)
+    with pytest.raises(ValueError, match="`average_bits` tries 2 to 8 bits: `weight_initializer` = 'kl' does not app"):
+        calibrate(model, [torch.randn(9, 40)], average_bits=4.0)
+
+
+def test_settings_that_mean_the_same_are_no_difference(make_trainer, tmp_path: Path) -> None:
+    levels = torch.linspace(-1, 1, 5)
+    first = quiet(
+        quantizer={"name": "lsq"},
+        weight_bits=3,
+        first_last_bits=None,
+        weight_quantizer={"name": Codebook, "levels": levels},
+        overrides={"body": {"weight_initializer": "minmax"}},
+    )
+    trainer = make_trainer(first, max_steps=1)
+    trainer.fit(SmallNet(), loader())
+    path = tmp_path / "same.ckpt"
+    trainer.save_checkpoint(path)
+    torch.load(path, weights_only=True)
+    second = quiet(
+        quantizer="lightning_qinit.LSQ",
+        weight_bits=3,
+        first_last_bits=None,
+        weight_quantizer={"name": "codebook", "levels": levels.tolist()},
+        overrides={"body": {"weight_initializer": "optimal"}},
+    )
+    make_trainer(second).test(SmallNet(), loader(shuffle=False), ckpt_path=path, verbose=False)
+
+
+def test_deterministic_mode_is_put_back() -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        Sketch().update(torch.randn(9))
+        model = prepare(nn.Sequential(nn.Linear(40, 3)))
+        calibrate(model, [torch.randn(5, 40)])
+        assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    Sketch().update(torch.randn(9))
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("settings", "message"),
@@ -339,6 +483,11 @@ class TestBadInput:
             ({"criterion": "mae"}, "`criterion` must be 'mse', 'fisher' or 'hessian', got 'mae'"),
             ({"sequential": 1}, "`sequential` must be True or False, got 1"),
             ({"recalibrate_batchnorm": "yes"}, "`recalibrate_batchnorm` must be True or False"),
+            ({"average_bits": "3"}, "`average_bits` must be a number from 2 to 8, or None, got '3'"),
+            (
+                {"weight_bits": 3, "weight_quantizer": {"name": "codebook", "levels": range(-2, 3)}},
+                "`first_last_bits`: `weight_quantizer` = .* does not take 8 bits for weights: a codebook of 5 levels",
+            ),
             ({"average_bits": 1.5}, "`average_bits` must be a number from 2 to 8, or None, got 1.5"),
             ({"quantizer": {"name": "nothing"}}, "`quantizer` must be one of .*'apot'.* got {'name': 'nothing'}"),
             ({"quantizer": {"narrow_range": True}}, "`quantizer` must be one of"),
@@ -359,7 +508,7 @@ class TestBadInput:
             ({"weight_initializer": "kl", "weight_bits": 2}, "kl needs at least 4 bits"),
             ({"quantizer": "apot", "initializer": "lsq"}, "lsq needs uniform levels"),
             ({"activation_initializer": "none.such"}, "`activation_initializer` must be one of"),
-            ({"overrides": {"x": {"bits_are_set": True}}}, r"`overrides\['x'\]` must map some of"),
+            ({"overrides": {"x": {"own_bits": ["weight"]}}}, r"`overrides\['x'\]` must map some of"),
             ({"average_bits": 3.0, "weight_quantizer": {"name": "codebook", "levels": [0, 1]}}, "does not take"),
         ],
     )
@@ -367,9 +516,20 @@ class TestBadInput:
         with pytest.raises(ValueError, match=message):
             QuantInitCallback(**settings)
 
+    def test_plain_calibration_says_what_it_lacks(self) -> None:
+        x = torch.randn(3, 4)
+        with pytest.raises(ValueError, match="Linear has no quantizers: call `prepare"):
+            calibrate(nn.Linear(4, 4), [x])
+        model = prepare(nn.Sequential(nn.Linear(4, 4)))
+        with pytest.raises(ValueError, match="`batches` must hold at least one batch that runs a quantized layer"):
+            calibrate(model, [])
+        with pytest.raises(ValueError, match="`criterion` = 'fisher' needs a `step` that returns the loss, got None"):
+            calibrate(model, [x], criterion="fisher")
+        assert not model[0].weight_quantizer.is_calibrated
+
     def test_average_bits_of_a_quantizer_with_one_width(self) -> None:
         callback = {"weight_bits": 2, "first_last_bits": None, "average_bits": 3.0}
-        with pytest.raises(ValueError, match="`average_bits` tries 2 to 8 bits, and `weight_quantizer` = .* 3 bits"):
+        with pytest.raises(ValueError, match="`average_bits` tries 2 to 8 bits: `weight_quantizer` = .* 3 bits"):
             QuantInitCallback(**callback, weight_quantizer={"name": "codebook", "levels": [-1, 0, 1]})
 
 

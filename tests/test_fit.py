@@ -86,7 +86,7 @@ def test_first_and_last_are_by_running_order(make_trainer) -> None:
     bits = {row.name: (row.bits, row.steps) for row in callback.report}
     assert bits["defined_last_runs_first.weight"] == (8, 1)
     assert bits["stem.weight"] == (4, 4)
-    assert bits["head.weight"][0] == 5 and bits["head.input"][0] == 4  # an override holds for the last layer too
+    assert bits["head.weight"][0] == 5 and bits["head.input"][0] == 8  # bits that an override sets hold here too
     assert bits["hidden.weight"] == (4, 1)
     row = next(row for row in callback.report if row.name == "hidden.weight")
     assert row.error == pytest.approx(row.alternatives["minmax"], rel=1e-6)

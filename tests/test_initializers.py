@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_qinit import initializers
-from lightning_qinit.config import LayerConfig
+from lightning_qinit.config import LayerConfig, QuantConfig
 from lightning_qinit.functional import optimal_scale, uniform_levels
 from lightning_qinit.functional.affine import affine_error, optimal_affine, refine
 from lightning_qinit.functional.levels import apot_levels
@@ -284,6 +284,16 @@ class TestGuards:
         assert float(got) < 1.05 * float(best.error)
         assert chosen.note == "optimum would give one code to over 99 % of the data"
 
+    def test_sparse_data_with_an_offset_keeps_what_is_not_zero(self) -> None:
+        torch.manual_seed(0)
+        levels = uniform_levels(4, False)
+        for scale in (1.0, 1e-3):
+            x = scale * torch.randn(40_000).relu() * (torch.rand(40_000) < 0.01)
+            chosen = initialize(INITIALIZERS["optimal"], sample_of(x), levels, has_offset=True)
+            best = float(optimal_scale(x, levels).error)
+            assert float(affine_error(sample_of(x), levels, chosen.step, chosen.offset)) <= best * (1 + 1e-9)
+            assert chosen.note == ""
+
     def test_channels_of_few_values_take_the_shape_of_the_tensor(self) -> None:
         torch.manual_seed(0)
         x = torch.randn(256, 9) * torch.rand(256, 1).add(0.1)
@@ -310,6 +320,25 @@ def test_groups_without_data_are_repaired_and_noted() -> None:
     assert nothing.step.tolist() == [0.125] * 3 and nothing.note == "no nonzero data"
     fit = torch.ones(3, dtype=torch.float64)
     assert usable(fit, sample_of(x + 1, 0)) == Initial(fit)
+
+
+@pytest.mark.parametrize("rule", ["minmax", "percentile", "lsq+"])
+def test_a_rule_without_an_answer_takes_another_one(rule: str) -> None:
+    one_value, levels = torch.full((50,), 5.0), uniform_levels(4, False)
+    chosen = initialize(INITIALIZERS[rule], sample_of(one_value), levels, has_offset=True)
+    assert float(affine_error(sample_of(one_value), levels, chosen.step, chosen.offset)) < 1e-20
+    assert chosen.note == "the rule gives no step for 1 of 1 groups, which take another's"
+    rare = torch.zeros(5000)
+    rare[:2] = torch.tensor([50.0, 30.0])  # the 99.9th percentile of the magnitude is 0
+    if rule == "percentile":
+        chosen = initialize(INITIALIZERS[rule], sample_of(rare), levels)
+        assert float(chosen.step) == pytest.approx(50 / 15) and "take another's" in chosen.note
+
+
+def test_aciq_of_one_bit() -> None:
+    torch.manual_seed(0)
+    # 2 clip / 2 is the distance of the two levels, which are two steps apart
+    assert step_of("aciq_gauss", torch.randn(100_000), uniform_levels(1, True)) == pytest.approx(1.24 / 2, rel=0.01)
 
 
 def test_weighted_quantiles_and_moments_of_samples() -> None:
@@ -344,13 +373,13 @@ def test_the_documented_table_is_true_and_the_same_everywhere() -> None:
             build = {"quantizer": options, "weight_initializer": name, "weight_bits": bits, "first_last_bits": None}
             if cell == "no":
                 with pytest.raises(ValueError, match="`weight_initializer`"):
-                    LayerConfig(**build, activation_bits=None)
+                    QuantConfig(LayerConfig(**build, activation_bits=None))
             else:
-                LayerConfig(**build, activation_bits=None)
+                QuantConfig(LayerConfig(**build, activation_bits=None))
             assert (cell == "with offset") == (quantizer == "lsq+" and INITIALIZERS[name] in AFFINE)
             if cell == "signed":
                 with pytest.raises(ValueError, match="signed levels"):
                     INITIALIZERS[name](sample_of(torch.rand(9)), uniform_levels(4, False))
             if "4 bits" in cell:
                 with pytest.raises(ValueError, match="at least 4 bits"):
-                    LayerConfig(**{**build, "weight_bits": 3}, activation_bits=None)
+                    QuantConfig(LayerConfig(**{**build, "weight_bits": 3}, activation_bits=None))

@@ -272,8 +272,31 @@ def test_tied_weights_share_one_quantizer() -> None:
     assert torch.allclose(model(torch.arange(10)), F.linear(x, used), atol=1e-6)
     twin = copy.deepcopy(model)
     assert twin.head.weight_quantizer is twin.table.weight_quantizer
-    with pytest.raises(ValueError, match="layers 'table' and 'head' share a weight, so their settings must be"):
+    prepare(Tied(), overrides={"head": {"activation_bits": 8}})  # concerns an input, which is not shared
+    with pytest.raises(ValueError, match="layers 'table' and 'head' share a weight, so the settings of weights"):
         prepare(Tied(), overrides={"head": {"weight_bits": 8}})
+
+
+def test_attention_on_other_tensors_than_in_calibration() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 2, 8)
+    model = prepare(nn.MultiheadAttention(8, 2), weight_bits=2, activation_bits=2, first_last_bits=None)
+    calibrate(model, [(x, x, x)], step=lambda module, batch: module(*batch))
+    expected, _ = model(x, x, x)
+    cached, _ = model(x, x.clone(), x.clone())  # a cache of keys and values: the same values in tensors of their own
+    assert torch.allclose(cached, expected, atol=1e-6)
+
+
+def test_gradient_scale_of_packed_sequences_counts_one_sample() -> None:
+    x, grads = torch.rand(7, 3, 6), []
+    for packed in (False, True):
+        torch.manual_seed(0)
+        model = prepare(nn.GRU(6, 5), weight_bits=None, first_last_bits=None)
+        given = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([7, 7, 7])) if packed else x
+        calibrate(model, [x], step=lambda module, batch: module(batch))
+        model(given)[1].sum().backward()
+        grads.append(model.input_quantizer.step.grad)
+    assert torch.allclose(*grads, rtol=1e-5)
 
 
 def test_a_layer_type_of_ones_own() -> None:

@@ -8,10 +8,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_qinit.calibration.allocate import allocate_bits
+from lightning_qinit.calibration.determinism import any_order
+from lightning_qinit.calibration.measure import Measures, measure
 from lightning_qinit.calibration.observe import Criterion, Observation
-from lightning_qinit.config import shorten
-from lightning_qinit.functional.affine import affine_error
+from lightning_qinit.config import Role, shorten
 from lightning_qinit.functional.sample import Sample
+from lightning_qinit.functional.sharded import whole
 from lightning_qinit.initializers import initialize
 from lightning_qinit.initializers.optimal import optimal
 from lightning_qinit.insertion import QuantizedLayer, named_quantizers
@@ -31,7 +33,7 @@ class Start:
         bits: 1 to 8.
         signed: whether its levels reach below zero.
         step: float64, ``(channels,)``.
-        sample: the data that the step was chosen for.
+        measures: what it costs on its data.
         offset: as ``step``, for quantizers that have one.
         note: what the report says about it.
     """
@@ -42,7 +44,7 @@ class Start:
     bits: int
     signed: bool
     step: Tensor
-    sample: Sample
+    measures: Measures
     offset: Tensor | None = None
     note: str = ""
 
@@ -50,27 +52,6 @@ class Start:
     def name(self) -> str:
         """``layer.what``, as in the logged names."""
         return f"{self.layer}.{self.what}"
-
-    @property
-    def levels(self) -> Tensor:
-        """The level set that the step belongs to."""
-        return self.quantizer.level_set(self.bits, self.signed)
-
-    @property
-    def blind(self) -> bool:
-        """Whether the data say nothing of a step: they are all zero."""
-        return not bool((self.sample.energy > 0).any())
-
-    @property
-    def error(self) -> Tensor:
-        """Sum of squared errors of each group on the data, ``(channels,)``."""
-        return affine_error(self.sample, self.levels, self.step, self.offset)
-
-    @property
-    def share_clipped(self) -> float:
-        """The share of the data more than half a step beyond the outermost points."""
-        data = self.sample if self.offset is None else self.sample.shifted(self.offset)
-        return data.share_clipped(self.levels, self.step)
 
     def chosen(self) -> tuple[int, Tensor, Tensor | None]:
         """Bits, step and offset, on the CPU."""
@@ -89,7 +70,7 @@ def check_weights(layers: Mapping[str, QuantizedLayer]) -> None:
     """Raise ``ValueError`` naming the first layer whose weight holds NaN or infinite values."""
     for name, layer in layers.items():
         for weight in layer.weights().values():
-            bad = int((~weight.detach().isfinite()).sum())
+            bad = int((~whole(weight.detach()).isfinite()).sum())
             if bad:
                 raise ValueError(
                     f"The weight of layer {name!r} holds {bad} NaN or infinite values; a step needs finite weights."
@@ -121,32 +102,55 @@ def plan(
     return [start for start in planned if start is not None]
 
 
-def _start(full_name: str, layers: Mapping[str, QuantizedLayer], observation: Observation, bits: int) -> Start | None:
+@dataclass(frozen=True)
+class _Data:
+    """What the step of a quantizer is chosen for: its data, the data weighted by importance, and a size at hand."""
+
+    sample: Sample
+    weighted: Sample
+    signed: bool
+    reach: float
+    note: str
+
+
+def _data(full_name: str, layers: Mapping[str, QuantizedLayer], observation: Observation) -> _Data | None:
+    """The data of a quantizer; ``None`` if its layer never ran or it saw nothing."""
     name, _, what = full_name.rpartition(".")
     layer, weights = layers[name], layers[name].weights()
     quantizer = layer.quantizers()[what]
     if not any(user in observation.first_run for user in _users(quantizer, layers)):
         return None
     if what in weights:
-        weight = weights[what].detach()
+        weight = whole(weights[what].detach())
         sample, signed = Sample.of_tensor(quantizer.transform(weight), quantizer.channel_axis), True
         # weights that start at zero (a new head, LoRA's second matrix) grow to about the size that torch's
         # layers start with, 1 / sqrt(inputs per output)
         reach = (weight.numel() / weight.shape[layer.output_axis]) ** -0.5
-        rule = layer.quant_config.initializer_of("weight")
     else:
         sketch = observation.inputs.get(full_name)
         if sketch is None or not sketch.count:
             return None
         sample, signed, reach = sketch.sample(), sketch.signed, 1.0
-        rule = layer.quant_config.initializer_of("activation")
-    levels = quantizer.level_set(bits, signed)
-    data, note = sample, ""
-    if rule is optimal and observation.criterion != "mse":
-        data, note = _weighted(full_name, quantizer, sample, observation)
-    step, offset, remark = initialize(rule, data, levels, quantizer.has_offset, reach / float(levels.abs().max()))
-    note = "; ".join(filter(None, (note, remark)))
-    return Start(name, what, quantizer, bits, signed, step, sample, offset, note)
+    weighted, note = sample, ""
+    if observation.criterion != "mse":
+        weighted, note = _weighted(full_name, layers, sample, observation)
+    return _Data(sample, weighted, signed, reach, note)
+
+
+def _start(full_name: str, layers: Mapping[str, QuantizedLayer], observation: Observation, bits: int) -> Start | None:
+    data = _data(full_name, layers, observation)
+    if data is None:
+        return None
+    name, _, what = full_name.rpartition(".")
+    layer = layers[name]
+    quantizer = layer.quantizers()[what]
+    rule = layer.quant_config.initializer_of("weight" if what in layer.weights() else "activation")
+    levels = quantizer.level_set(bits, data.signed)
+    sample, note = (data.weighted, data.note) if rule is optimal else (data.sample, "")
+    chosen = initialize(rule, sample, levels, quantizer.has_offset, data.reach / float(levels.abs().max()))
+    note = "; ".join(filter(None, (note, chosen.note)))
+    measures = measure(data.sample, levels, chosen)
+    return Start(name, what, quantizer, bits, data.signed, chosen.step, measures, chosen.offset, note)
 
 
 def _users(quantizer: Quantizer, layers: Mapping[str, QuantizedLayer]) -> list[str]:
@@ -154,11 +158,25 @@ def _users(quantizer: Quantizer, layers: Mapping[str, QuantizedLayer]) -> list[s
     return [name for name, layer in layers.items() if any(q is quantizer for q in layer.quantizers().values())]
 
 
-def _weighted(name: str, quantizer: Quantizer, sample: Sample, observation: Observation) -> tuple[Sample, str]:
+def _importance(name: str, layers: Mapping[str, QuantizedLayer], observation: Observation) -> Tensor | None:
+    """The importance of a weight; with tied weights, over all layers that use it."""
+    seen = observation.weight_importance
+    if observation.criterion == "fisher":  # the gradient of a tied weight is that of all its uses
+        return seen.get(name)
+    layer, _, what = name.rpartition(".")
+    users = _users(layers[layer].quantizers()[what], layers)
+    found = [seen[f"{user}.{what}"] for user in users if f"{user}.{what}" in seen]
+    return torch.stack(found).sum(0) if found else None
+
+
+def _weighted(
+    name: str, layers: Mapping[str, QuantizedLayer], sample: Sample, observation: Observation
+) -> tuple[Sample, str]:
     """The data weighted by importance; as they are, and a note, where none was seen."""
-    importance = observation.weight_importance.get(name)
+    importance = _importance(name, layers, observation)
     if importance is not None and float(importance.sum()) > 0:
-        weights = Sample.of_tensor(importance, quantizer.channel_axis).values
+        layer, _, what = name.rpartition(".")
+        weights = Sample.of_tensor(importance, layers[layer].quantizers()[what].channel_axis).values
         # a channel that nothing depends on keeps the plain optimum
         weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, 1.0)
         return Sample(sample.values, weights, sample.minimum, sample.maximum), ""
@@ -175,9 +193,10 @@ def bits_at_ends(layers: Mapping[str, QuantizedLayer], observation: Observation)
     ends = {*observation.first_run[:1], *filter(None, [observation.last_run])}
     bits = {}
     for name, quantizer in named_quantizers(layers).items():
-        asked = [layers[user].quant_config.first_last_bits for user in _users(quantizer, layers) if user in ends]
-        if asked and asked[0] is not None:
-            bits[name] = asked[0]
+        role: Role = "weight" if quantizer.batch_axis is None else "activation"
+        configs = [layers[user].quant_config for user in _users(quantizer, layers) if user in ends]
+        if configs and role not in configs[0].own_bits and configs[0].first_last_bits is not None:
+            bits[name] = configs[0].first_last_bits
     return bits
 
 
@@ -187,36 +206,63 @@ def average_bits(
     """Bits of weights, 2 to 8, of least total error under an average over all of their elements.
 
     The error of a weight at each width is that of its own step there: relative to the weight's energy, or, with a
-    criterion, weighted by importance. Weights whose bits are set by ``overrides`` or by ``first_last_bits`` keep
-    them and do not count.
+    criterion, weighted by importance; a weight without importance counts with the mean importance of the others.
+    Weights whose bits are set by ``overrides`` or by ``first_last_bits`` keep them and do not count.
     """
-    sizes, errors = {}, {}
-    for name, quantizer in named_quantizers(layers).items():
-        layer_name, _, what = name.rpartition(".")
-        users = _users(quantizer, layers)
-        if (
-            what not in layers[layer_name].weights()
-            or name in fixed
-            or any(layers[user].quant_config.bits_are_set for user in users)
-            or not any(user in observation.first_run for user in users)
-        ):
-            continue
-        sizes[name] = layers[layer_name].weights()[what].numel()
-        errors[name] = [_cost(name, layers, observation, width) for width in WIDTHS]
-    if not sizes:
+    free = _free_weights(layers, fixed)
+    costs = {name: cost for name in free if (cost := _costs(name, layers, observation)) is not None}
+    if not costs:
         return {}
-    chosen = allocate_bits(list(errors.values()), list(sizes.values()), WIDTHS, average)
-    return dict(zip(errors, chosen, strict=True))
+    known = [(cost.importance, cost.size) for cost in costs.values() if cost.importance is not None]
+    mean = sum(i * size for i, size in known) / sum(size for _, size in known) if known else None
+    errors = [
+        cost.plain if cost.importance is not None or mean is None else [error * mean for error in cost.plain]
+        for cost in costs.values()
+    ]
+    if mean is None:
+        errors = [cost.relative for cost in costs.values()]
+    chosen = allocate_bits(errors, [cost.size for cost in costs.values()], WIDTHS, average)
+    return dict(zip(costs, chosen, strict=True))
 
 
-def _cost(name: str, layers: Mapping[str, QuantizedLayer], observation: Observation, width: int) -> float:
-    start = _start(name, layers, observation, width)
-    assert start is not None
-    if observation.criterion == "mse":
-        energy = float(start.sample.energy.sum())
-        return float(start.error.sum()) / energy if energy > 0 else 0.0
-    data, _ = _weighted(name, start.quantizer, start.sample, observation)
-    return float(data.error(start.levels, start.step).sum())
+def _free_weights(layers: Mapping[str, QuantizedLayer], fixed: Mapping[str, int]) -> list[str]:
+    """Quantizers of weights whose bits nothing sets."""
+    return [
+        name
+        for name, quantizer in named_quantizers(layers).items()
+        if quantizer.batch_axis is None
+        and name not in fixed
+        and not any("weight" in layers[user].quant_config.own_bits for user in _users(quantizer, layers))
+    ]
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """The error of a weight at every width: weighted by importance if there is any, and relative to its energy."""
+
+    size: int
+    plain: list[float]
+    relative: list[float]
+    importance: float | None  # the mean over its elements
+
+
+def _costs(name: str, layers: Mapping[str, QuantizedLayer], observation: Observation) -> _Costs | None:
+    data = _data(name, layers, observation)
+    if data is None:
+        return None
+    layer, _, what = name.rpartition(".")
+    quantizer, config = layers[layer].quantizers()[what], layers[layer].quant_config
+    rule = config.initializer_of("weight")
+    energy = float(data.sample.energy.sum())
+    has_importance = data.weighted is not data.sample
+    plain = []
+    for width in WIDTHS:
+        levels = quantizer.level_set(width, signed=True)
+        chosen = initialize(rule, data.weighted if rule is optimal else data.sample, levels)
+        plain.append(float(data.weighted.error(levels, chosen.step).sum()))
+    importance = float(data.weighted.count.sum()) / data.sample.values.numel() if has_importance else None
+    relative = [error / energy if energy > 0 else 0.0 for error in plain]
+    return _Costs(data.sample.values.numel(), plain, relative, importance)
 
 
 Watch = Callable[[Mapping[str, QuantizedLayer], Criterion], Observation]
@@ -240,12 +286,27 @@ def choose(
         average: average bits of weights to allocate, or ``None``.
     """
     check_weights(layers)
+    if average is not None:
+        for name in _free_weights(layers, {}):
+            layers[name.rpartition(".")[0]].quant_config.check_widths(WIDTHS)
     observation = watch(layers, criterion)
+    with any_order():
+        return _choose(layers, watch, observation, sequential, average), observation
+
+
+def _choose(
+    layers: Mapping[str, QuantizedLayer],
+    watch: Watch,
+    observation: Observation,
+    sequential: bool,
+    average: float | None,
+) -> list[Start]:
+    criterion = observation.criterion
     bits = bits_at_ends(layers, observation)
     if average is not None:
         bits |= average_bits(layers, observation, average, bits)
     if not sequential:
-        return plan(layers, observation, bits), observation
+        return plan(layers, observation, bits)
     starts: list[Start] = []
     waiting = named_quantizers(layers)
     for name in list(observation.first_run):
@@ -260,12 +321,12 @@ def choose(
             start.apply()
             starts.append(start)
         waiting = {full_name: quantizer for full_name, quantizer in waiting.items() if full_name not in now}
-    return starts, observation
+    return starts
 
 
 def warn_blind(starts: list[Start]) -> None:
     """Say once which quantizers start without any nonzero value to go by."""
-    blind = [start.name for start in starts if start.blind]
+    blind = [start.name for start in starts if start.measures.blind]
     if blind:
         rank_zero_warn(
             f"Calibration saw only zeros in {shorten(blind)}: their steps start from the size that trained weights "

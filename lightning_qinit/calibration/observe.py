@@ -35,6 +35,7 @@ class Observation:
         self.weight_importance: dict[str, Tensor] = {}
         self.input_importance: dict[str, Sketch] = {}
         self._first_batch = True
+        self._open = True
         self._seen: list[tuple[str, Tensor]] = []  # inputs of this batch that wait for their gradient
 
     def end_batch(self) -> None:
@@ -48,7 +49,11 @@ class Observation:
         weights = [(name, w) for name, w in weights if w.requires_grad]
         total = torch.stack([loss.sum() for loss in losses]).sum()
         tensors = [tensor for _, tensor in weights + self._seen]
-        gradients = torch.autograd.grad(total, tensors, allow_unused=True)
+        self._open = False  # activation checkpointing runs layers once more
+        try:
+            gradients = torch.autograd.grad(total, tensors, allow_unused=True)
+        finally:
+            self._open = True
         squares = [None if g is None else g.to(float64_device(g)).double().square() for g in gradients]
         for (name, _), square in zip(weights, squares[: len(weights)], strict=True):
             if square is not None:
@@ -71,10 +76,12 @@ class Observation:
     def _saw(self, name: str, x: Tensor) -> Tensor:
         if not x.is_floating_point():
             return x
-        self.inputs.setdefault(name, Sketch(float64_device(x))).update(x)
-        if self.criterion == "fisher":
-            x = x if x.requires_grad else x.detach().requires_grad_()
-            self._seen.append((name, x))
+        if self.criterion == "fisher" and not x.requires_grad:
+            x = x.detach().requires_grad_()
+        if self._open:
+            self.inputs.setdefault(name, Sketch(float64_device(x))).update(x)
+            if self.criterion == "fisher":
+                self._seen.append((name, x))
         return x
 
 
@@ -131,7 +138,10 @@ def _squares_met(layer: QuantizedLayer, args: tuple[Any, ...], kwargs: dict[str,
     zero = torch.zeros_like(weight, dtype=torch.float32, requires_grad=True)
     twin = copy.copy(layer)  # shares everything but what is set here
     twin.__class__ = layer.float_class  # type: ignore[assignment]
+    vars(twin).pop("weight", None)  # where pruning keeps the masked one
     vars(twin)["_parameters"] = {"weight": zero, "bias": None}
+    if hasattr(twin, "scale_grad_by_freq"):
+        vars(twin)["scale_grad_by_freq"] = False
     with torch.enable_grad(), torch.autocast(weight.device.type, enabled=False):
         output = twin.forward(*map(squared, args), **{key: squared(value) for key, value in kwargs.items()})
         (gradient,) = torch.autograd.grad(output.sum(), zero)

@@ -1,10 +1,12 @@
 """The calibration batches, run through a module as often as a choice of steps needs it."""
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_qinit.calibration.batchnorm import Statistics, batch_statistics
 from lightning_qinit.calibration.initialize import Start, choose
@@ -33,6 +35,7 @@ class Passes:
         merge: Callable[[Mapping[str, QuantizedLayer], Observation], Observation] = lambda layers, seen: seen,
     ) -> None:
         self.batches, self.step, self.step_name, self.merge = batches, step, step_name, merge
+        self.kept = False
 
     def choose(
         self, layers: Mapping[str, QuantizedLayer], config: CalibrationConfig, norms: Sequence[torch.nn.Module]
@@ -42,7 +45,7 @@ class Passes:
         Changes quantizers and statistics on the way: the caller puts the module back, and applies what is returned.
         """
         if config.sequential or config.recalibrate_batchnorm:
-            self.batches = list(self.batches)
+            self.batches, self.kept = list(self.batches), True
         starts, seen = choose(layers, self.watch, config.criterion, config.sequential, config.average_bits)
         statistics: Statistics = []
         if config.recalibrate_batchnorm and seen.first_run:
@@ -53,8 +56,13 @@ class Passes:
 
     def watch(self, layers: Mapping[str, QuantizedLayer], criterion: Criterion = "mse") -> Observation:
         """What the layers see in all batches."""
-        with observe(layers, criterion) as observation, torch.set_grad_enabled(criterion == "fisher"):
-            for index, batch in enumerate(self.batches):
+        with ExitStack() as stack:
+            observation = stack.enter_context(observe(layers, criterion))
+            stack.enter_context(torch.set_grad_enabled(criterion == "fisher"))
+            if criterion == "fisher" and any(isinstance(layer, nn.RNNBase) for layer in layers.values()):
+                # cuDNN has no backward pass of recurrent layers in eval mode
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            for index, batch in enumerate(self._fresh()):
                 losses = self.step(batch, index)
                 if criterion == "fisher":
                     self._check_losses(losses)
@@ -68,5 +76,9 @@ class Passes:
 
     def run(self) -> None:
         """Run all batches without watching."""
-        for index, batch in enumerate(self.batches):
+        for index, batch in enumerate(self._fresh()):
             self.step(batch, index)
+
+    def _fresh(self) -> Iterable[Any]:
+        """The batches; copies of those that are kept, since a step may take them apart."""
+        return (copy.deepcopy(batch) for batch in self.batches) if self.kept else self.batches

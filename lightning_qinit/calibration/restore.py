@@ -25,6 +25,9 @@ def restored(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        for child in module.modules():
+            if callable(reshard := getattr(child, "reshard", None)):  # FSDP2 may still hold whole parameters
+                reshard()
         for restore in restores:
             restore()
 

@@ -66,11 +66,16 @@ def choose_in_training(
             strategy = trainer.strategy
             chosen = strategy.broadcast([start.chosen() for start in starts])
             starts = [start.at(*values) for start, values in zip(starts, chosen, strict=True)]
-            statistics = [
-                (norm, strategy.reduce(mean, reduce_op="mean"), strategy.reduce(variance, reduce_op="mean"))
-                for norm, mean, variance in statistics
-            ]
+            statistics = [(norm, *_average(trainer, *values)) for norm, *values in statistics]
     return starts, seen, statistics
+
+
+def _average(trainer: Trainer, mean: Tensor, variance: Tensor, batches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics over all ranks, weighted by batches; every rank takes part, whether a layer ran there or not."""
+    total = trainer.strategy.reduce(batches.to(mean), reduce_op="sum")
+    sums = trainer.strategy.reduce(torch.stack((mean, variance)) * batches.to(mean), reduce_op="sum")
+    mean, variance = sums / total.clamp(min=1)
+    return mean, variance, total
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lightning_qinit.calibration.determinism import any_order
 from lightning_qinit.functional.sample import Sample, float64_device
 
 MANTISSA_BITS = 9  # kept of float32's 23: a key is at most 2^-9 of its value wide
@@ -38,6 +39,7 @@ class Sketch:
         self.extremes = torch.full((2,), -torch.inf, dtype=torch.float32, device=device)
 
     @torch.no_grad()
+    @any_order()
     def update(self, x: Tensor, weights: Tensor | None = None) -> None:
         """Add all values of a floating-point tensor, with a weight each if the sketch is weighted."""
         if x.numel() == 0:

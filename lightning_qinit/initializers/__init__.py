@@ -65,18 +65,38 @@ AFFINE: dict[Initializer, Callable[[Sample, Tensor], Initial]] = {
 }
 
 
+def _answered(chosen: Tensor | Initial, sample: Sample, levels: Tensor, other: Initializer) -> Initial:
+    """Where a rule gives no step though there is data (a quantile of sparse data, a range of one value), another's."""
+    initial = chosen if isinstance(chosen, Initial) else Initial(chosen)
+    missing = ~(initial.step.isfinite() & (initial.step > 0)) & (sample.energy > 0)
+    if not missing.any():
+        return initial
+    second = other(sample, levels)
+    second = second if isinstance(second, Initial) else Initial(second)
+    step = torch.where(missing, second.step, initial.step)
+    offset = initial.offset
+    if offset is not None and second.offset is not None:
+        offset = torch.where(missing, second.offset, offset)
+    note = f"the rule gives no step for {int(missing.sum())} of {len(step)} groups, which take another's"
+    return Initial(step, offset, "; ".join(filter(None, (initial.note, note))))
+
+
 def initialize(
     initializer: Initializer, sample: Sample, levels: Tensor, has_offset: bool = False, fallback: float = 1.0
 ) -> Initial:
     """Let an initializer choose, and make its choice fit for use (:func:`usable`).
 
+    A group with data for which it gives no step takes that of ``minmax``, or of ``optimal`` with an offset.
+
     A rule without an offset of its own chooses the step for signed levels around zero if the data are signed, and the
     offset is where the lowest of them lies.
     """
     if not has_offset:
-        return usable(initializer(sample, levels), sample, fallback)
+        return usable(_answered(initializer(sample, levels), sample, levels, minmax), sample, fallback)
     if initializer in AFFINE:
-        return usable(AFFINE[initializer](sample, levels), sample, fallback)
+        chosen = AFFINE[initializer](sample, levels)
+        return usable(_answered(chosen, sample, levels, optimal_affine), sample, fallback)
     zero_point = float(levels[(len(levels) + 1) // 2]) if bool((sample.minimum < 0).any()) else 0.0
-    chosen = usable(initializer(sample, levels - zero_point), sample, fallback)
+    moved = levels - zero_point
+    chosen = usable(_answered(initializer(sample, moved), sample, moved, minmax), sample, fallback)
     return chosen._replace(offset=-zero_point * chosen.step if zero_point else torch.zeros_like(chosen.step))

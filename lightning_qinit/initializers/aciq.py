@@ -51,4 +51,5 @@ def aciq(sample: Sample, levels: Tensor) -> Tensor:
 def _step(spread: Tensor, table: tuple[float, ...], levels: Tensor) -> Tensor:
     bits, one_sided = bits_of(levels), bool(levels[0] == 0)
     clip = spread * table[bits - 1 + one_sided]
-    return clip / 2**bits if one_sided else 2 * clip / 2**bits
+    spacing = 2 * clip / 2**bits if not one_sided else clip / 2**bits
+    return spacing / (levels[1] - levels[0]).to(clip)  # the two levels of one bit are two steps apart

@@ -7,7 +7,7 @@ from lightning_qinit.functional.affine import optimal_affine as _optimal_affine
 from lightning_qinit.functional.levels import check_levels
 from lightning_qinit.functional.optimal import solve_rows
 from lightning_qinit.functional.sample import Sample
-from lightning_qinit.functional.sweep import assign
+from lightning_qinit.functional.sweep import Rows, assign
 from lightning_qinit.initializers.initial import Initial
 
 ALIVE = 0.01  # the least share of nonzero values that must not round to zero
@@ -55,10 +55,12 @@ def optimal_affine(sample: Sample, levels: Tensor) -> Initial:
     fit, data, note = _optimal_affine(sample, levels), sample, ""
     for _ in range(len(levels)):
         codes = assign(data.values - fit.offset[:, None], fit.scale[:, None], levels)
+        counts = torch.where(data.values != 0, data.weights, 0.0)  # sparse data is mostly zero, and rightly so
         shares = torch.zeros(len(codes), len(levels), dtype=torch.float64, device=codes.device)
-        shares.scatter_add_(1, codes, data.weights.expand_as(data.values).contiguous())
+        shares.scatter_add_(1, codes, counts)
+        total = shares.sum(1, keepdim=True)
         most, code = shares.max(1, keepdim=True)
-        lonely = (most > (1 - ALIVE) * shares.sum(1, keepdim=True)) & (most < shares.sum(1, keepdim=True))
+        lonely = (most > (1 - ALIVE) * total) & (most < total)
         if not lonely.any():
             break
         data = Sample.of_values(data.values, torch.where(lonely & (codes != code), 0.0, data.weights))
@@ -72,16 +74,23 @@ def _keep_alive(sample: Sample, levels: Tensor, step: Tensor) -> tuple[Tensor, i
     x, w = sample.values, sample.weights
     guarded = torch.zeros_like(step, dtype=torch.bool)
     while True:
-        nonzero = torch.where(x != 0, w, 0.0)
-        survives = levels[assign(x, step[:, None], levels)] != 0
-        kept = (nonzero * survives).sum(1)
-        dead = (kept > 0) & (kept < ALIVE * nonzero.sum(1))
+        kept, nonzero = torch.zeros_like(step), torch.zeros_like(step)
+        for part in Rows(x, w).chunks():
+            counts = torch.where(part.x != 0, part.w, 0.0)
+            nonzero += counts.sum(1)
+            kept += (counts * _survives(part.x, step, levels)).sum(1)
+        dead = (kept > 0) & (kept < ALIVE * nonzero)
         if not dead.any():
             return step, int(guarded.sum())
         guarded |= dead
-        w = torch.where(dead[:, None] & survives, 0.0, w)
+        w = torch.where(dead[:, None] & _survives(x, step, levels), 0.0, w)
         step = step.clone()
         step[dead] = solve_rows(x[dead], w[dead], levels).scale
+
+
+def _survives(x: Tensor, step: Tensor, levels: Tensor) -> Tensor:
+    """Which values do not round to zero."""
+    return levels[assign(x, step[:, None], levels)] != 0
 
 
 def _with_shape(sample: Sample) -> Sample:

@@ -1,7 +1,6 @@
 """Which layers of a module are quantized, and how they become so and back."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -57,12 +56,19 @@ def _shared_weights(candidates: Mapping[str, nn.Module], chosen: Mapping[str, La
             continue
         for weight_name in QUANTIZED_LAYERS[type(layer)].weight_names(layer):
             other, theirs = of_weight.setdefault(id(getattr(layer, weight_name)), (name, settings))
-            if replace(theirs, activation_bits=None) != replace(settings, activation_bits=None):
+            if _of_weight(theirs) != _of_weight(settings):
                 raise ValueError(
-                    f"The layers {other!r} and {name!r} share a weight, so their settings must be the same; only "
-                    "`activation_bits` may differ."
+                    f"The layers {other!r} and {name!r} share a weight, so the settings of weights must be the same."
                 )
     return shared
+
+
+def _of_weight(config: LayerConfig) -> tuple[object, ...]:
+    """What concerns the weight among the settings of a layer."""
+    quantizer = config.weight_quantizer or config.quantizer
+    initializer = config.weight_initializer or config.initializer
+    own = "weight" in config.own_bits
+    return config.weight_bits, quantizer, initializer, config.per_channel, None if own else config.first_last_bits
 
 
 def remove(module: nn.Module) -> None:

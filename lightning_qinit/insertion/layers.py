@@ -37,8 +37,6 @@ class QuantizedLayer(nn.Module):
     """Names of the inputs that are quantized."""
     optional_inputs: ClassVar[tuple[str, ...]] = ()
     """Those of them that may never be seen, because another quantizer serves them."""
-    linear: ClassVar[bool] = False
-    """Whether the output is linear in the one weight."""
 
     quant_config: LayerConfig
     weight_quantizer: Quantizer | nn.ModuleDict | None
@@ -58,6 +56,11 @@ class QuantizedLayer(nn.Module):
     def batch_axis(cls, layer: nn.Module) -> int:
         """The axis of the inputs that runs over samples."""
         return 0
+
+    @property
+    def linear(self) -> bool:
+        """Whether the output is linear in the one weight, so that it is known which inputs each element meets."""
+        return False
 
     def weights(self) -> dict[str, Tensor]:
         """The parameters that have a quantizer, by the same names as in :meth:`quantizers`."""
@@ -83,9 +86,15 @@ class QuantizedLayer(nn.Module):
         """A weight as it is used: quantized, or as it is if weights stay in float."""
         return _quantize(self.weight_quantizer, weight, name)
 
-    def quantize_input(self, x: Tensor, name: str = "input") -> Tensor:
-        """An input as it is used: quantized, or as it is if inputs stay in float."""
-        return _quantize(self.input_quantizer, x, name)
+    def quantize_input(self, x: Tensor, name: str = "input", samples: int | None = None) -> Tensor:
+        """An input as it is used: quantized, or as it is if inputs stay in float.
+
+        Args:
+            x: the input.
+            name: one of ``inputs``.
+            samples: how many samples it holds, where that is not the size of its batch axis.
+        """
+        return _quantize(self.input_quantizer, x, name, samples)
 
 
 def _by_name(held: Quantizer | nn.ModuleDict | None, role: str) -> dict[str, Quantizer]:
@@ -94,14 +103,17 @@ def _by_name(held: Quantizer | nn.ModuleDict | None, role: str) -> dict[str, Qua
     return {} if held is None else {role: held}
 
 
-def _quantize(held: Quantizer | nn.ModuleDict | None, x: Tensor, name: str) -> Tensor:
+def _quantize(held: Quantizer | nn.ModuleDict | None, x: Tensor, name: str, samples: int | None = None) -> Tensor:
     quantizer = held[name] if isinstance(held, nn.ModuleDict) else held
-    return x if quantizer is None else quantizer(x)
+    return x if quantizer is None else quantizer(x, samples)
 
 
 class _OneWeight(QuantizedLayer):
     weight: Tensor
-    linear = True
+
+    @property
+    def linear(self) -> bool:
+        return True
 
     def quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The quantized input and the quantized weight."""
@@ -175,7 +187,10 @@ class QuantConvTranspose3d(_QuantConvTranspose, nn.ConvTranspose3d):
 class QuantEmbedding(QuantizedLayer, nn.Embedding):
     float_class = nn.Embedding
     inputs = ()
-    linear = True
+
+    @property
+    def linear(self) -> bool:
+        return True
 
     @classmethod
     def accepts(cls, layer: nn.Module) -> bool:
@@ -191,7 +206,10 @@ class QuantEmbedding(QuantizedLayer, nn.Embedding):
 class QuantEmbeddingBag(QuantizedLayer, nn.EmbeddingBag):
     float_class = nn.EmbeddingBag
     inputs = ()
-    linear = True
+
+    @property
+    def linear(self) -> bool:
+        return self.mode == "sum"
 
     @classmethod
     def accepts(cls, layer: nn.Module) -> bool:
@@ -246,8 +264,8 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         q = self.quantize_input(query, "query")
-        k = q if key is query else self.quantize_input(key, "key")
-        v = q if value is query else k if value is key else self.quantize_input(value, "value")
+        k = q if key is query else self.quantize_input(key, self._calibrated("key"))
+        v = q if value is query else k if value is key else self.quantize_input(value, self._calibrated("value"))
         swap = self.batch_first and query.dim() == 3
         if swap:  # the function takes (sequence, batch, features), and projects once what is one object
             turned = {id(x): x.transpose(0, 1) for x in (q, k, v)}
@@ -285,6 +303,12 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
         output = self.out_proj(attended)
         return (output.transpose(0, 1) if swap else output), weights
 
+    def _calibrated(self, name: str) -> str:
+        """``name``; ``"query"`` if in calibration both were one tensor, and only now they are not."""
+        quantizers = self.input_quantizers()
+        serves = bool(quantizers) and quantizers["query"].is_calibrated and not quantizers[name].is_calibrated
+        return "query" if serves else name
+
 
 class _QuantRecurrent(QuantizedLayer, nn.RNNBase):
     """All weights, input-to-hidden and hidden-to-hidden, and the input of the first layer.
@@ -303,7 +327,8 @@ class _QuantRecurrent(QuantizedLayer, nn.RNNBase):
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:
         if isinstance(input, PackedSequence):
-            input = input._replace(data=self.quantize_input(input.data))
+            samples = int(input.batch_sizes[0])  # on the CPU wherever the data are
+            input = input._replace(data=self.quantize_input(input.data, samples=samples))
         else:
             input = self.quantize_input(input)
         flat: Any = self._flat_weights

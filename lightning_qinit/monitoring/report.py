@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_qinit.calibration import Start
-from lightning_qinit.functional.affine import affine_error
-from lightning_qinit.initializers import INITIALIZERS, initialize
+from lightning_qinit.calibration.measure import COMPARED
 
 
 @dataclass(frozen=True)
@@ -51,23 +50,8 @@ class ReportRow:
         return -10 * math.log10(self.error) if self.error > 0 else math.inf
 
 
-COMPARED = ("minmax", "lsq")
-"""Initializers that every report compares with."""
-
-
 def make_row(start: Start) -> ReportRow:
-    """Measure a planned start on the data that it was chosen for."""
-    sample, levels = start.sample, start.levels
-    energy = float(sample.energy.sum())
-    error = float(start.error.sum()) / energy if energy > 0 else 0.0
-    alternatives = {}
-    for name in COMPARED:
-        try:
-            other = initialize(INITIALIZERS[name], sample, levels, start.quantizer.has_offset)
-        except ValueError:  # the rule has no answer for these levels
-            continue
-        lost = float(affine_error(sample, levels, other.step, other.offset).sum())
-        alternatives[name] = lost / energy if energy > 0 else 0.0
+    """The row of a planned start."""
     return ReportRow(
         layer=start.layer,
         what=start.what,
@@ -76,9 +60,9 @@ def make_row(start: Start) -> ReportRow:
         steps=start.quantizer.step.numel(),
         step=float(start.step.mean()),
         offset=None if start.offset is None else float(start.offset.mean()),
-        error=error,
-        clipped=start.share_clipped,
-        alternatives=alternatives,
+        error=start.measures.error,
+        clipped=start.measures.clipped,
+        alternatives=start.measures.alternatives,
         note=start.note,
     )
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qinit.functional.fake_quantize import broadcast_channels
+from lightning_qinit.functional.sharded import copy_whole, whole
 from lightning_qinit.quantizers.bounded import bounded
 
 # A step may move this far from where it started, either way. Steps of trained networks move by tens of percent
@@ -123,24 +124,31 @@ class Quantizer(nn.Module, ABC):
     @property
     def scale(self) -> Tensor:
         """The step in use, ``(channels,)``: ``step`` kept within ``initial_step`` divided or times 2^16."""
-        return bounded(self.step, self.initial_step, self.initial_step / MAX_DRIFT, self.initial_step * MAX_DRIFT)
+        initial = self.initial_step
+        return bounded(whole(self.step), initial, initial / MAX_DRIFT, initial * MAX_DRIFT)
 
     @property
     def active(self) -> bool:
         """Whether ``forward`` quantizes: calibrated, and not switched off by ``enabled = False``."""
         return self.enabled and self.is_calibrated
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Quantize ``x``; identity until calibrated. Computes in float32 at least, returns the dtype of ``x``."""
+    def forward(self, x: Tensor, samples: int | None = None) -> Tensor:
+        """Quantize ``x``; identity until calibrated. Computes in float32 at least, returns the dtype of ``x``.
+
+        Args:
+            x: the values.
+            samples: how many samples they are, for LSQ's gradient scale; ``None``: the size of the batch axis.
+        """
         if not self.active or not x.is_floating_point():
             return x
         scale = broadcast_channels(self.scale, x, self.channel_axis)
         wide = x if x.dtype == torch.float64 else x.to(torch.float32)
-        return self.quantize(self.transform(wide), scale, self._elements_per_step(x)).to(x.dtype)
+        return self.quantize(self.transform(wide), scale, self._elements_per_step(x, samples)).to(x.dtype)
 
-    def _elements_per_step(self, x: Tensor) -> int:
-        # values of fewer axes are a single sample
-        samples = 1 if self.batch_axis is None or x.dim() < self.batch_axis + 2 else max(1, x.shape[self.batch_axis])
+    def _elements_per_step(self, x: Tensor, samples: int | None) -> int:
+        if samples is None:  # values of fewer axes are a single sample
+            single = self.batch_axis is None or x.dim() < self.batch_axis + 2
+            samples = 1 if single else max(1, x.shape[self.batch_axis])  # type: ignore[index]
         return max(1, x.numel() // (samples * self.step.numel()))
 
     @torch.no_grad()
@@ -154,9 +162,9 @@ class Quantizer(nn.Module, ABC):
             offset: as ``step``, for quantizers that learn one.
         """
         # float32 keeps a few octaves free on both sides, so that x / step and the bounds stay finite
-        step = step.to(self.step).clamp(2.0**-100, 2.0**100)
-        self.step.copy_(step.expand_as(self.step))
-        self.initial_step.copy_(self.step)
+        step = step.to(self.initial_step).clamp(2.0**-100, 2.0**100).expand_as(self.initial_step).contiguous()
+        copy_whole(self.step, step)
+        self.initial_step.copy_(step)
         self.calibrated.fill_(True)
         self.signed.fill_(signed)
         self.bits.fill_(bits)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lightning_qinit.functional.fake_quantize import broadcast_channels
 from lightning_qinit.functional.levels import uniform_levels
+from lightning_qinit.functional.sharded import copy_whole, whole
 from lightning_qinit.quantizers.base import MAX_DRIFT
 from lightning_qinit.quantizers.bounded import bounded
 from lightning_qinit.quantizers.lsq import LSQ
@@ -46,7 +47,9 @@ class LSQPlus(LSQ, name="lsq+"):
     def shift(self) -> Tensor:
         """The offset in use, ``(1,)``: ``offset`` kept within 2^16 initial steps of where it started."""
         reach = self.initial_step * MAX_DRIFT
-        return bounded(self.offset, self.initial_offset, self.initial_offset - reach, self.initial_offset + reach)
+        return bounded(
+            whole(self.offset), self.initial_offset, self.initial_offset - reach, self.initial_offset + reach
+        )
 
     def quantize(self, x: Tensor, scale: Tensor, elements: int) -> Tensor:
         """See the class."""
@@ -63,7 +66,8 @@ class LSQPlus(LSQ, name="lsq+"):
         """As of :class:`Quantizer`; without an offset given it starts at 0."""
         if self.has_offset:
             offset = torch.zeros_like(step) if offset is None else offset
-            self.offset.copy_(offset.to(self.offset).expand_as(self.offset))
-            self.initial_offset.copy_(self.offset)
+            offset = offset.to(self.initial_offset).expand_as(self.initial_offset).contiguous()
+            copy_whole(self.offset, offset)
+            self.initial_offset.copy_(offset)
             signed = False
         super().start(step, bits, signed)
