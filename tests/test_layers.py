@@ -63,7 +63,7 @@ def test_every_row_of_the_table_is_tried() -> None:
 
 def levels_of(values: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
     """The values on the levels of a quantizer, by the reference rounding."""
-    return fake_quantize(values.detach(), quantizer.scale.detach(), quantizer.levels, quantizer.channel_axis)
+    return fake_quantize(values.detach(), quantizer.step.detach(), quantizer.levels, quantizer.channel_axis)
 
 
 @pytest.mark.parametrize("name", EMBEDDINGS)
@@ -73,7 +73,7 @@ def test_embeddings(name: str) -> None:
     model = prepare(copy.deepcopy(layer), weight_bits=3, first_last_bits=None)
     calibrate(model, [inputs])
     assert list(model.quantizers()) == ["weight"]
-    assert model.weight_quantizer.step.numel() == 10
+    assert model.weight_quantizer.initial_step.numel() == 10
     out = model(*inputs)
     expected = copy.deepcopy(layer)
     expected(*inputs)  # renormalizes what is looked up, where there is a greatest norm
@@ -83,7 +83,7 @@ def test_embeddings(name: str) -> None:
     out.square().sum().backward()
     if layer.padding_idx is not None:
         assert not model.weight.grad[layer.padding_idx].any()
-    assert model.weight.grad.isfinite().all() and model.weight_quantizer.step.grad.isfinite().all()
+    assert model.weight.grad.isfinite().all() and model.weight_quantizer.relative_step.grad.isfinite().all()
 
 
 def test_sparse_embeddings_stay_in_float() -> None:
@@ -128,9 +128,9 @@ def test_gradient_scale_of_a_sequence_counts_one_sample() -> None:
     calibrate(model, [(sequence,)])
     quantizer = model.input_quantizer
     quantizer(sequence).sum().backward()
-    one, quantizer.step.grad = float(quantizer.step.grad), None
+    one, quantizer.relative_step.grad = float(quantizer.relative_step.grad), None
     quantizer(sequence.expand(4, 8, 6)).sum().backward()
-    assert float(quantizer.step.grad) == pytest.approx(8 * one)
+    assert float(quantizer.relative_step.grad) == pytest.approx(8 * one)
 
 
 @pytest.mark.parametrize("name", ATTENTION)
@@ -175,10 +175,10 @@ def test_layer_is_the_float_layer_on_quantized_operands(name: str, per_channel: 
     assert isinstance(swapped, type(layer))
     weight, inputs = swapped.weight_quantizer, swapped.input_quantizer
     axis = swapped.output_axis if per_channel else None
-    assert weight.step.numel() == (layer.weight.shape[swapped.output_axis] if per_channel else 1)
+    assert weight.initial_step.numel() == (layer.weight.shape[swapped.output_axis] if per_channel else 1)
     expected = copy.deepcopy(layer)
-    expected.weight.data = fake_quantize(layer.weight.data, weight.scale.detach(), weight.levels, axis)
-    out = expected(fake_quantize(x, inputs.scale.detach(), inputs.levels))
+    expected.weight.data = fake_quantize(layer.weight.data, weight.step.detach(), weight.levels, axis)
+    out = expected(fake_quantize(x, inputs.step.detach(), inputs.levels))
     assert torch.allclose(model(x), out, rtol=1e-5, atol=1e-6)
     model(x).square().sum().backward()
     for parameter in model.parameters():
@@ -207,11 +207,11 @@ def test_weights_or_inputs_alone() -> None:
     x, layer = torch.randn(4, 6), nn.Linear(6, 5)
     only_weight = quantized(layer, x, activation_bits=None)[0]
     assert only_weight.input_quantizer is None and list(only_weight.quantizers()) == ["weight"]
-    levels, step = only_weight.weight_quantizer.levels, only_weight.weight_quantizer.scale.detach()
+    levels, step = only_weight.weight_quantizer.levels, only_weight.weight_quantizer.step.detach()
     assert torch.allclose(only_weight(x), F.linear(x, fake_quantize(layer.weight.data, step, levels, 0), layer.bias))
     only_input = quantized(layer, x, weight_bits=None)[0]
     inputs = only_input.input_quantizer
-    quantized_x = fake_quantize(x, inputs.scale.detach(), inputs.levels)
+    quantized_x = fake_quantize(x, inputs.step.detach(), inputs.levels)
     assert torch.allclose(only_input(x), F.linear(quantized_x, layer.weight, layer.bias))
 
 
@@ -295,7 +295,7 @@ def test_gradient_scale_of_packed_sequences_counts_one_sample() -> None:
         given = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([7, 7, 7])) if packed else x
         calibrate(model, [x], step=lambda module, batch: module(batch))
         model(given)[1].sum().backward()
-        grads.append(model.input_quantizer.step.grad)
+        grads.append(model.input_quantizer.relative_step.grad)
     assert torch.allclose(*grads, rtol=1e-5)
 
 

@@ -57,8 +57,13 @@ def settings_of(names: Iterable[str]) -> list[tuple[str, int, bool]]:
 
 def started(kind: Kind, bits: int = 4, signed: bool = True, step: float = 0.125, **arguments) -> Quantizer:
     quantizer = kind(bits, **arguments)
-    quantizer.start(torch.full((quantizer.step.numel(),), step), bits, signed)
+    quantizer.start(torch.full((quantizer.initial_step.numel(),), step), bits, signed)
     return quantizer
+
+
+def step_gradient(quantizer: Quantizer) -> float:
+    """The gradient that a quantizer with one step gives to it, in units of the data."""
+    return float(quantizer.relative_step.grad * quantizer.initial_step)
 
 
 def test_every_registered_quantizer_is_tried() -> None:
@@ -126,8 +131,8 @@ class TestEveryQuantizer:
         quantizer = KINDS[name](4)
         quantizer.load_state_dict({})
         partial_state = quantizer.state_dict()
-        del partial_state["step"]
-        with pytest.raises(RuntimeError, match="step"):
+        del partial_state["relative_step"]
+        with pytest.raises(RuntimeError, match="relative_step"):
             quantizer.load_state_dict(partial_state)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -141,7 +146,7 @@ class TestEveryQuantizer:
         wide = quantizer.transform(x.detach().to(torch.promote_types(dtype, torch.float32)))
         assert torch.equal(out.detach(), fake_quantize(wide, 0.125, quantizer.levels).to(dtype))
         out.sum().backward()
-        assert x.grad.dtype == dtype and quantizer.step.grad.dtype == torch.float32
+        assert x.grad.dtype == dtype and quantizer.relative_step.grad.dtype == torch.float32
 
     def test_float32_inside_autocast(self, name: str) -> None:
         quantizer, x = started(KINDS[name], step=0.1), torch.randn(100)
@@ -183,21 +188,21 @@ class TestEveryQuantizer:
             trained.zero_grad()
             (quantizer(torch.randn(4, 50)) * torch.randn(4, 50) * 100).sum().backward()
             trained.step()
-            assert bool((quantizer.scale > 0).all()) and bool(quantizer.scale.isfinite().all())
+            assert bool((quantizer.step > 0).all()) and bool(quantizer.step.isfinite().all())
             assert bool(quantizer(torch.randn(4, 50)).isfinite().all())
 
     def test_step_comes_back_from_outside(self, name: str) -> None:
         quantizer = started(KINDS[name], step=0.5)
         with torch.no_grad():
-            quantizer.step.fill_(-3.0)
-        assert quantizer.scale.item() == 0.5 / MAX_DRIFT
+            quantizer.relative_step.fill_(-3.0)
+        assert quantizer.step.item() == 0.5 / MAX_DRIFT
         x = torch.randn(1000)
         target = quantizer.transform(x)
         (quantizer(x) - target).square().sum().backward()  # the error falls as the step grows
-        assert float(quantizer.step.grad) < 0
-        quantizer.step.grad = None
+        assert step_gradient(quantizer) < 0
+        quantizer.relative_step.grad = None
         (-quantizer(x) * target).sum().neg().backward()  # this one falls as the step shrinks: no further out
-        assert float(quantizer.step.grad) == 0
+        assert step_gradient(quantizer) == 0
 
     def test_compiles_without_a_graph_break(self, name: str) -> None:
         quantizer = started(KINDS[name], channels=3, channel_axis=0, step=0.3)
@@ -236,7 +241,7 @@ def test_gradients_are_the_published_ones(name: str, bits: int, signed: bool) ->
     quantizer = started(KINDS[name], bits, signed, step=0.3 / 2 ** (bits - 2) if "apot" not in name else 0.8)
     if quantizer.has_offset:
         with torch.no_grad():
-            quantizer.offset.fill_(-0.3)
+            quantizer.relative_offset.fill_(-0.3 / quantizer.initial_step.item())
     (quantizer(x) * upstream).sum().backward()
     to_x, to_step, to_offset = numeric(quantizer, x.detach(), upstream, learns_rounding=name != "pact")
     levels = quantizer.levels
@@ -246,9 +251,10 @@ def test_gradients_are_the_published_ones(name: str, bits: int, signed: bool) ->
     else:
         factor = float(levels[-1]) ** -2 if name == "pact" else (60 * float(levels[-1])) ** -0.5
     assert torch.equal(x.grad, to_x)
-    assert float(quantizer.step.grad) == pytest.approx(float(to_step) * factor, rel=1e-4, abs=1e-6)
+    assert step_gradient(quantizer) == pytest.approx(float(to_step) * factor, rel=1e-4, abs=1e-6)
     if quantizer.has_offset:
-        assert float(quantizer.offset.grad) == pytest.approx(float(to_offset) * factor, rel=1e-4, abs=1e-6)
+        offset_gradient = float(quantizer.relative_offset.grad * quantizer.initial_step)
+        assert offset_gradient == pytest.approx(float(to_offset) * factor, rel=1e-4, abs=1e-6)
 
 
 def test_apot_normalizes_weights_as_in_the_paper_and_not_inputs() -> None:
@@ -306,13 +312,37 @@ def test_options_that_do_not_fit_are_named() -> None:
 X = [-12, -8.25, -8, -7.75, -3.5, -0.5, 0, 0.75, 1.5, 6.5, 7, 7.25, 7.75, 16]  # in steps; peers.md, case C2
 
 
+@pytest.mark.parametrize("optimizer", [partial(torch.optim.SGD, momentum=0.9), torch.optim.Adam], ids=["sgd", "adam"])
+def test_gradient_descent_moves_the_step_itself_and_adam_a_fraction_of_it(optimizer: Callable[..., object]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(200)
+    for step in (1.0, 1e-3):
+        quantizer = started(LSQ, bits=8, step=step)
+        plain = torch.tensor([step], dtype=torch.float64, requires_grad=True)  # LSQ's own parameter
+        ours, theirs = optimizer(quantizer.parameters(), lr=0.01), optimizer([plain], lr=0.01)
+        for _ in range(5):
+            up = torch.randn(200) * step
+            ours.zero_grad()
+            (quantizer(x * step) * up).sum().backward()
+            v = (x * step).double() / float(quantizer.step.detach())
+            code, inside = v.round().clamp(-128, 127), (v > -128) & (v < 127)
+            plain.grad = ((code - v * inside) * up).sum()[None] / (200 * 127) ** 0.5
+            ours.step()
+            theirs.step()
+            if isinstance(ours, torch.optim.SGD):
+                assert quantizer.step.item() == pytest.approx(plain.item(), rel=1e-5)
+        if isinstance(ours, torch.optim.Adam):  # at most the learning rate per turn, relative to the step
+            assert 0 < abs(quantizer.step.item() / step - 1) < 0.06
+            assert step == 1.0 or abs(plain.item() / step - 1) > 5  # the step itself is lost
+
+
 def test_lsq_gradients_on_the_published_row() -> None:
     quantizer = started(LSQ, step=1 / 8)
     x = (torch.tensor(X) / 8).requires_grad_()
     out = quantizer(x)
     assert (out * 8).tolist() == [-8, -8, -8, -8, -4, 0, 0, 1, 2, 6, 7, 7, 7, 7]
     (out * torch.arange(1.0, 15.0)).sum().backward()
-    assert float(quantizer.step.grad) == pytest.approx(303.0 / (14 * 7) ** 0.5)  # 303 by the paper's convention
+    assert step_gradient(quantizer) == pytest.approx(303.0 / (14 * 7) ** 0.5)  # 303 by the paper's convention
     assert [bool(g) for g in x.grad] == [-8 < v < 7 for v in X]
 
 
@@ -343,7 +373,9 @@ def test_lsq_against_the_formula_element_by_element(
             step_grads[0 if channels is None else (i, j)[channels]] += slope * float(upstream[i, j])
             x_grads[i, j] = upstream[i, j] if low < v < high else 0
     expected = step_grads / (elements * high) ** 0.5
-    assert torch.allclose(quantizer.step.grad.double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(
+        (quantizer.relative_step.grad * quantizer.initial_step).double(), expected, rtol=1e-5, atol=1e-6
+    )
     assert torch.equal(x.grad, x_grads)
 
 
@@ -362,7 +394,7 @@ def test_lsq_against_torch_where_conventions_agree(bits: int, signed: bool) -> N
     (out * upstream).sum().backward()
     assert torch.equal(quantizer(x).detach(), out.detach())
     assert torch.equal(x.grad, twin.grad)
-    assert float(quantizer.step.grad) == pytest.approx(float(scale.grad) / (len(v) * high) ** 0.5, rel=1e-4)
+    assert step_gradient(quantizer) == pytest.approx(float(scale.grad) / (len(v) * high) ** 0.5, rel=1e-4)
 
 
 def test_forward_equals_torch_fake_quantize_ties_included() -> None:
@@ -380,7 +412,7 @@ def test_gradient_scale_counts_the_features_of_one_sample() -> None:
     def step_grad(x: Tensor, **arguments) -> float:
         quantizer = started(LSQ, signed=False, **arguments)
         quantizer(x).sum().backward()
-        return float(quantizer.step.grad)
+        return step_gradient(quantizer)
 
     sample = torch.rand(1, 3, 4, 4) * 3
     batch = sample.expand(8, -1, -1, -1)

@@ -197,8 +197,8 @@ def test_insert_calibrate_train_reload_and_test(name: str, make_trainer: Callabl
     assert [name for name in idle if not name.endswith(served)] == unseen
     trained = Counter(id(p) for group in trainer.optimizers[0].param_groups for p in group["params"])
     for quantizer in quantizers.values():
-        assert trained[id(quantizer.step)] == 1
-        assert ((quantizer.scale > 0) & quantizer.scale.isfinite()).all()
+        assert trained[id(quantizer.relative_step)] == 1
+        assert ((quantizer.step > 0) & quantizer.step.isfinite()).all()
     assert any(not q.step.equal(q.initial_step) for q in quantizers.values())
 
     path = tmp_path / "trained.ckpt"

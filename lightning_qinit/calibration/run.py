@@ -113,7 +113,7 @@ def _over_ranks(trainer: Trainer, layers: Mapping[str, QuantizedLayer], observat
     observation.first_run, observation.last_run = order
     for name, layer in layers.items():  # a rank that did not run a layer still takes part in its sum
         for what, quantizer in layer.input_quantizers().items():
-            device = float64_device(quantizer.step)
+            device = float64_device(quantizer.initial_step)
             kinds: Sequence[tuple[dict[str, Sketch], bool]] = [(observation.inputs, False)]
             if observation.criterion == "fisher":
                 kinds = [*kinds, (observation.input_importance, True)]

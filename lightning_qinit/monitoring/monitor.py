@@ -46,10 +46,10 @@ class Monitor:
             handle.remove()
         self._handles = []
         # ranks may have run different layers; all reduce the same tensor
-        device = next(iter(self.quantizers.values())).step.device
+        device = next(iter(self.quantizers.values())).initial_step.device
         zeros = torch.zeros(2, device=device)
         sums = reduce(torch.stack([self._sums.get(name, zeros) for name in self.quantizers]))
-        steps = torch.stack([self._steps.get(name, q.scale.detach().mean()) for name, q in self.quantizers.items()])
+        steps = torch.stack([self._steps.get(name, q.step.detach().mean()) for name, q in self.quantizers.items()])
         noise, signal = sums.unbind(1)
         table = torch.stack(
             (steps, quantization_error_compute(noise, signal), sqnr_db_compute(noise, signal), signal)
@@ -74,7 +74,7 @@ class Monitor:
             if module.active:
                 sums = torch.stack(quantization_error_update(output, module.transform(args[0]))).float()
                 self._sums[name] = self._sums[name] + sums if name in self._sums else sums
-                self._steps[name] = module.scale.detach().mean()
+                self._steps[name] = module.step.detach().mean()
 
         return hook
 

@@ -57,7 +57,7 @@ def make_row(start: Start) -> ReportRow:
         what=start.what,
         bits=start.bits,
         signed=start.signed,
-        steps=start.quantizer.step.numel(),
+        steps=start.quantizer.initial_step.numel(),
         step=float(start.step.mean()),
         offset=None if start.offset is None else float(start.offset.mean()),
         error=start.measures.error,

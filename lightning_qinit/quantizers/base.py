@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_qinit.functional.fake_quantize import broadcast_channels
 from lightning_qinit.functional.sharded import copy_whole, whole
-from lightning_qinit.quantizers.bounded import bounded
+from lightning_qinit.quantizers.relative import relative
 
 # A step may move this far from where it started, either way. Steps of trained networks move by tens of percent
 # (LSQ, section 3.5), so the bounds only catch a step that ran away.
@@ -20,8 +20,9 @@ class Quantizer(nn.Module, ABC):
     """Maps values to the nearest of ``scale * levels``, and trains the step.
 
     A quantizer is the identity until it is calibrated. Its state is plain tensors, so that checkpoints carry it:
-    the parameter ``step`` and the buffers ``initial_step``, ``calibrated``, ``signed`` and ``bits``. Steps keep
-    float32 whatever precision the module is cast to.
+    the parameter ``relative_step`` (the step in units of ``initial_step``, see
+    :func:`~lightning_qinit.quantizers.relative.relative`) and the buffers ``initial_step``, ``calibrated``, ``signed``
+    and ``bits``. All keep float32 whatever precision the module is cast to.
 
     A subclass names itself and states its levels and its gradient::
 
@@ -46,7 +47,7 @@ class Quantizer(nn.Module, ABC):
     has_offset: bool = False
     """Whether the points are ``scale * levels + offset``, and the offset is learned."""
 
-    step: nn.Parameter
+    relative_step: nn.Parameter
     initial_step: Tensor
     calibrated: Tensor
     signed: Tensor
@@ -71,7 +72,7 @@ class Quantizer(nn.Module, ABC):
         self.channel_axis, self.batch_axis = channel_axis, batch_axis
         self.enabled = True
         self._settings = (bool(signed), int(bits))
-        self.step = nn.Parameter(torch.empty(channels, dtype=torch.float32, device=device))
+        self.relative_step = nn.Parameter(torch.empty(channels, dtype=torch.float32, device=device))
         # flags are integers, since callbacks that average weights subtract buffers, and bools cannot be subtracted
         self.register_buffer("initial_step", torch.empty(channels, dtype=torch.float32, device=device))
         self.register_buffer("calibrated", torch.empty(1, dtype=torch.int64, device=device))
@@ -86,7 +87,7 @@ class Quantizer(nn.Module, ABC):
         """Back to before calibration: step 1, identity. Also how meta tensors are materialized."""
         signed, bits = self._settings
         with torch.no_grad():
-            self.step.fill_(1.0)
+            self.relative_step.fill_(1.0)
             self.initial_step.fill_(1.0)
             self.calibrated.fill_(False)
             self.signed.fill_(signed)
@@ -122,10 +123,10 @@ class Quantizer(nn.Module, ABC):
         return self.level_set(self.n_bits, self.is_signed)
 
     @property
-    def scale(self) -> Tensor:
-        """The step in use, ``(channels,)``: ``step`` kept within ``initial_step`` divided or times 2^16."""
+    def step(self) -> Tensor:
+        """The step in use, ``(channels,)``: within ``initial_step`` divided or times 2^16."""
         initial = self.initial_step
-        return bounded(whole(self.step), initial, initial / MAX_DRIFT, initial * MAX_DRIFT)
+        return relative(whole(self.relative_step), 0 * initial, initial, 1 / MAX_DRIFT, MAX_DRIFT, default=1.0)
 
     @property
     def active(self) -> bool:
@@ -141,7 +142,7 @@ class Quantizer(nn.Module, ABC):
         """
         if not self.active or not x.is_floating_point():
             return x
-        scale = broadcast_channels(self.scale, x, self.channel_axis)
+        scale = broadcast_channels(self.step, x, self.channel_axis)
         wide = x if x.dtype == torch.float64 else x.to(torch.float32)
         return self.quantize(self.transform(wide), scale, self._elements_per_step(x, samples)).to(x.dtype)
 
@@ -149,7 +150,7 @@ class Quantizer(nn.Module, ABC):
         if samples is None:  # values of fewer axes are a single sample
             single = self.batch_axis is None or x.dim() < self.batch_axis + 2
             samples = 1 if single else max(1, x.shape[self.batch_axis])  # type: ignore[index]
-        return max(1, x.numel() // (samples * self.step.numel()))
+        return max(1, x.numel() // (samples * self.initial_step.numel()))
 
     @torch.no_grad()
     def start(self, step: Tensor, bits: int, signed: bool, offset: Tensor | None = None) -> None:
@@ -163,7 +164,7 @@ class Quantizer(nn.Module, ABC):
         """
         # float32 keeps a few octaves free on both sides, so that x / step and the bounds stay finite
         step = step.to(self.initial_step).clamp(2.0**-100, 2.0**100).expand_as(self.initial_step).contiguous()
-        copy_whole(self.step, step)
+        copy_whole(self.relative_step, torch.ones_like(step))
         self.initial_step.copy_(step)
         self.calibrated.fill_(True)
         self.signed.fill_(signed)
@@ -187,7 +188,7 @@ class Quantizer(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         sign = "signed" if self.is_signed else "unsigned"
-        return f"{self.n_bits} bits, {sign}, steps={self.step.numel()}, calibrated={self.is_calibrated}"
+        return f"{self.n_bits} bits, {sign}, steps={self.initial_step.numel()}, calibrated={self.is_calibrated}"
 
 
 def _ordinary_path(module: nn.Module, args: Any, output: Any) -> None:

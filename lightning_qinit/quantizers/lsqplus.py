@@ -9,8 +9,8 @@ from lightning_qinit.functional.fake_quantize import broadcast_channels
 from lightning_qinit.functional.levels import uniform_levels
 from lightning_qinit.functional.sharded import copy_whole, whole
 from lightning_qinit.quantizers.base import MAX_DRIFT
-from lightning_qinit.quantizers.bounded import bounded
 from lightning_qinit.quantizers.lsq import LSQ
+from lightning_qinit.quantizers.relative import relative
 
 
 class LSQPlus(LSQ, name="lsq+"):
@@ -21,22 +21,23 @@ class LSQPlus(LSQ, name="lsq+"):
     of inputs are unsigned whatever the sign of the data, since the offset places them (configuration 4 of the paper).
     """
 
-    offset: nn.Parameter
+    relative_offset: nn.Parameter
     initial_offset: Tensor
 
     def __init__(self, *args: Any, **state: Any) -> None:
         super().__init__(*args, **state)
         self.has_offset = self.batch_axis is not None
         if self.has_offset:
-            self.offset = nn.Parameter(torch.zeros_like(self.step))
-            self.register_buffer("initial_offset", torch.zeros_like(self.step))
+            # in units of the initial step, from the initial offset
+            self.relative_offset = nn.Parameter(torch.zeros_like(self.initial_step))
+            self.register_buffer("initial_offset", torch.zeros_like(self.initial_step))
 
     def reset_parameters(self) -> None:
         """Back to before calibration: step 1, offset 0, identity."""
         super().reset_parameters()
         if self.has_offset:
             with torch.no_grad():
-                self.offset.zero_()
+                self.relative_offset.zero_()
                 self.initial_offset.zero_()
 
     def level_set(self, bits: int, signed: bool) -> Tensor:
@@ -44,11 +45,10 @@ class LSQPlus(LSQ, name="lsq+"):
         return uniform_levels(bits, signed and not self.has_offset, self.narrow_range)
 
     @property
-    def shift(self) -> Tensor:
-        """The offset in use, ``(1,)``: ``offset`` kept within 2^16 initial steps of where it started."""
-        reach = self.initial_step * MAX_DRIFT
-        return bounded(
-            whole(self.offset), self.initial_offset, self.initial_offset - reach, self.initial_offset + reach
+    def offset(self) -> Tensor:
+        """The offset in use, ``(1,)``: within 2^16 initial steps of where it started."""
+        return relative(
+            whole(self.relative_offset), self.initial_offset, self.initial_step, -MAX_DRIFT, MAX_DRIFT, default=0.0
         )
 
     def quantize(self, x: Tensor, scale: Tensor, elements: int) -> Tensor:
@@ -56,9 +56,9 @@ class LSQPlus(LSQ, name="lsq+"):
         if not self.has_offset:
             return super().quantize(x, scale, elements)
         gradient_scale = (elements * float(2**self.n_bits - 1)) ** -0.5
-        shift = self.shift * gradient_scale  # its value is put back on the next line; only the gradient is scaled
-        shift = shift + (self.shift - shift).detach()
-        shift = broadcast_channels(shift, x, self.channel_axis)
+        offset = self.offset
+        shift = offset * gradient_scale  # only the gradient is scaled: the next line puts the value back
+        shift = broadcast_channels(shift + (offset - shift).detach(), x, self.channel_axis)
         return super().quantize(x - shift, scale, elements) + shift
 
     @torch.no_grad()
@@ -66,8 +66,7 @@ class LSQPlus(LSQ, name="lsq+"):
         """As of :class:`Quantizer`; without an offset given it starts at 0."""
         if self.has_offset:
             offset = torch.zeros_like(step) if offset is None else offset
-            offset = offset.to(self.initial_offset).expand_as(self.initial_offset).contiguous()
-            copy_whole(self.offset, offset)
-            self.initial_offset.copy_(offset)
+            self.initial_offset.copy_(offset.to(self.initial_offset).expand_as(self.initial_offset))
+            copy_whole(self.relative_offset, torch.zeros_like(self.initial_offset))
             signed = False
         super().start(step, bits, signed)

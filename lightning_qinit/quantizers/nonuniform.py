@@ -26,7 +26,7 @@ class NonUniform(Quantizer):
         super()._remember(calibrated, signed, bits)
         levels = self.level_set(bits, signed)
         self.low, self.high, self.positive = float(levels[0]), float(levels[-1]), int((levels > 0).sum())
-        self.register_buffer("table", levels.to(self.step), persistent=False)
+        self.register_buffer("table", levels.to(self.initial_step), persistent=False)
 
     def quantize(self, x: Tensor, scale: Tensor, elements: int) -> Tensor:
         """See the class."""

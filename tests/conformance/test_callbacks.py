@@ -71,7 +71,7 @@ def test_averaging_comes_after(make_trainer, name: str) -> None:
     trainer = make_trainer(quiet(recalibrate_batchnorm=True), averaging, Check(), max_epochs=3)
     trainer.fit(model, loader())
     assert copies and all(
-        bool(q.scale.isfinite().all()) and bool((q.scale > 0).all()) for q in quantizers(model).values()
+        bool(q.step.isfinite().all()) and bool((q.step > 0).all()) for q in quantizers(model).values()
     )
 
 

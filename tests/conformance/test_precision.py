@@ -41,7 +41,7 @@ def test_steps_keep_float32_and_train(make_trainer, tmp_path, precision: str, se
     # what a layer computes with is on its levels, whatever the precision around it
     weight, quantizer = model.body.weight.detach(), model.body.weight_quantizer
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    expected = fake_quantize(wide, quantizer.scale.detach(), quantizer.levels, 0)
+    expected = fake_quantize(wide, quantizer.step.detach(), quantizer.levels, 0)
     assert torch.allclose(quantizer(weight).detach(), expected.to(weight.dtype), rtol=1e-6)
     path = tmp_path / "trained.ckpt"
     trainer.save_checkpoint(path)

@@ -1,0 +1,49 @@
+"""Parameters in units of where they started, with the gradient that they would have in units of the data."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Relative(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, start: Tensor, unit: Tensor, low: float, high: float, default: float
+    ) -> Tensor:
+        ctx.save_for_backward(value, unit)
+        ctx.bounds = (low, high)
+        return start + unit * torch.where(value.isnan(), default, value).clamp(low, high)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        value, unit = ctx.saved_tensors
+        low, high = ctx.bounds
+        # gradient descent moves against the gradient: drop what would carry the value further outside
+        outwards = ((value <= low) & (grad > 0)) | ((value >= high) & (grad < 0))
+        return torch.where(outwards, 0.0, grad / unit), None, None, None, None, None
+
+
+def relative(value: Tensor, start: Tensor, unit: Tensor, low: float, high: float, default: float) -> Tensor:
+    """``start + unit * value``, with ``value`` clipped to ``[low, high]``; NaN counts as ``default``.
+
+    Steps differ by orders of magnitude from layer to layer. An optimizer that normalizes gradients (Adam) moves every
+    parameter by about its learning rate, which is more than a whole step where steps are small; in units of its start
+    a step moves by the learning rate's fraction. The gradient is divided by the unit (where the chain rule would
+    multiply), so that plain gradient descent, momentum included, moves the result exactly as it would move the step
+    itself: ``-lr * gradient``, the published method.
+
+    At a bound the gradient is projected, as projected gradient descent does: a component that leads back inside
+    passes, one that leads further out is dropped, so the parameter is never stuck outside. Softplus or a logarithm
+    would keep a step positive too, but rescale its gradient everywhere.
+
+    Args:
+        value: the parameter, any shape.
+        start: what ``value`` 0 stands for, same shape.
+        unit: positive, same shape.
+        low: the lower bound of ``value``.
+        high: the upper bound.
+        default: stands in for NaN.
+    """
+    result: Tensor = _Relative.apply(value, start, unit, low, high, default)
+    return result
