@@ -352,11 +352,11 @@ def test_plain_modules_train_and_keep_their_mode() -> None:
     assert model.training and not model[1].training
     assert model[3].input_quantizer is None
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    steps = [q.step for layer in quantized_layers(model).values() for q in layer.quantizers().values()]
-    before = [step.detach().clone() for step in steps]
+    quantizers = [q for layer in quantized_layers(model).values() for q in layer.quantizers().values()]
+    before = [quantizer.step.detach() for quantizer in quantizers]
     model(torch.randn(16, 6)).square().sum().backward()
     optimizer.step()
-    assert all(not torch.equal(a, b) for a, b in zip(before, steps, strict=True))
+    assert all(not torch.equal(step, q.step) for step, q in zip(before, quantizers, strict=True))
     remove(model)
     assert not quantized_layers(model) and not any("quantizer" in name for name in model.state_dict())
 
