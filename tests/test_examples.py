@@ -62,6 +62,7 @@ def test_every_setting_is_reachable_and_defaults_print_clean(tmp_path: Path) -> 
         "recalibrate_batchnorm": "true",
         "skip": "[net.0]",
         "overrides": "{net.8: {activation_bits: 5}}",
+        "step_lr_scale": "0.5",
         "log_quantizers": "false",
         "print_report": "false",
     }
