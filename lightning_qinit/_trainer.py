@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -115,10 +115,7 @@ def run_step(trainer: Trainer, batch: Any, batch_idx: int) -> Any:
     arguments = {"batch": batch}
     if is_param_in_hook_signature(trainer.lightning_module.training_step, "batch_idx", min_args=2):
         arguments["batch_idx"] = batch_idx
-    wrapped = trainer.strategy.model
-    # DDP must not wait for gradients of this pass
-    with wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext():
-        return trainer.strategy.training_step(*arguments.values())
+    return trainer.strategy.training_step(*arguments.values())
 
 
 def overrides(module: LightningModule, hook: str) -> bool:
@@ -161,6 +158,12 @@ def averaged_modules(trainer: Trainer) -> list[nn.Module]:
     return [getattr(copy, "module", copy) for copy in copies if isinstance(copy, nn.Module)]
 
 
+def uses_rich(trainer: Trainer) -> bool:
+    """Whether one of Lightning's rich callbacks is in use."""
+    names = {base.__name__ for callback in callbacks(trainer) for base in type(callback).__mro__}
+    return bool(names & {"RichProgressBar", "RichModelSummary"})
+
+
 def schedulers(trainer: Trainer) -> list[Any]:
     """The learning-rate schedulers of a trainer."""
     return [config.scheduler for config in trainer.lr_scheduler_configs]
@@ -171,9 +174,9 @@ def spawns(trainer: Trainer) -> bool:
     return type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher"
 
 
-def is_logging_step(trainer: Trainer) -> bool:
-    """Whether the loggers get values for the batch being trained: each ``log_every_n_steps`` optimizer steps."""
-    return is_logging_batch(trainer) and not trainer.fit_loop.epoch_loop._should_accumulate()
+def has_stepped(trainer: Trainer) -> bool:
+    """Whether the optimizer stepped on the batch being trained, as opposed to accumulating its gradients."""
+    return not trainer.fit_loop.epoch_loop._should_accumulate()
 
 
 def is_logging_batch(trainer: Trainer) -> bool:

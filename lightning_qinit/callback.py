@@ -6,14 +6,12 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from tqdm.auto import tqdm
 from typing_extensions import override
 
 from lightning_qinit import _trainer
-from lightning_qinit.calibration import Observation, check_weights, set_statistics, warn_blind
+from lightning_qinit.calibration import check_weights, set_statistics, warn_blind
 from lightning_qinit.calibration.initialize import WIDTHS
 from lightning_qinit.calibration.run import choose_in_training
 from lightning_qinit.checkpoint import differences, has_quantizers, saved_settings
@@ -33,9 +31,11 @@ from lightning_qinit.monitoring import (
     Monitor,
     ReportRow,
     aggregates,
-    format_report,
+    choose_quantities,
     make_row,
+    tensorboard,
 )
+from lightning_qinit.monitoring.publish import publish_end_figures, publish_report, publish_start_figures, worst
 from lightning_qinit.quantizers import Quantizer
 
 
@@ -86,7 +86,13 @@ class QuantInitCallback(Callback):
             ``per_channel`` and ``first_last_bits``. Of several patterns that match, later ones win.
         step_lr_scale: learning rate of steps and offsets relative to that of the layer's weights. They never have
             weight decay: where it is set, or this is not 1, they get a parameter group of their own.
-        log_quantizers: whether to log steps and errors every ``log_every_n_steps``.
+        log_quantizers: what to log of every quantizer each ``log_every_n_steps``: some of ``"step"``, ``"offset"``,
+            ``"drift"`` (step relative to its start), ``"error"``, ``"sqnr_db"``, ``"clipped"``, ``"levels_used"``,
+            ``"still"`` (share of weights whose integer is that of the last time), ``"to_optimal"`` (step relative to
+            the one of least error now, on a few thousand values) and ``"oscillation"`` (rate of integer flips back and
+            forth, Nagel et al., 2022, which looks at every step). ``True`` for all but the last, ``False`` for none.
+        log_costly_every: log ``"to_optimal"`` and the histograms of integers every so many-th time only.
+        log_figures: of how many quantizers, those that lose most, TensorBoard gets a picture at start and end.
         print_report: whether to print the table of steps and errors after calibration.
 
     Attributes:
@@ -118,7 +124,9 @@ class QuantInitCallback(Callback):
         skip: Sequence[str] = (),
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
         step_lr_scale: float = 1.0,
-        log_quantizers: bool = True,
+        log_quantizers: bool | Sequence[str] = True,
+        log_costly_every: int = 10,
+        log_figures: int = 8,
         print_report: bool = True,
     ) -> None:
         default = LayerConfig(
@@ -146,9 +154,14 @@ class QuantInitCallback(Callback):
         self.step_lr_scale = float(step_lr_scale)
         if average_bits is not None:
             default.check_widths(WIDTHS)
-        self.log_quantizers = log_quantizers
+        for argument, value, least in (("log_costly_every", log_costly_every, 1), ("log_figures", log_figures, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"`{argument}` must be a whole number of at least {least}, got {value!r}.")
+        self.quantities = choose_quantities(log_quantizers)
+        self.log_costly_every, self.log_figures = log_costly_every, log_figures
         self.print_report = print_report
         self.report: list[ReportRow] = []
+        self._shown: list[str] = []  # the quantizers that there are pictures of
         self._monitor: Monitor | None = None
         self._groups = 0  # of parameters, in all optimizers
         self._calibrates = False  # has still to calibrate in this fit
@@ -203,7 +216,11 @@ class QuantInitCallback(Callback):
         """Calibrate, if there was no sanity check; prepare logging."""
         self._calibrate(trainer, pl_module)
         vars(pl_module).pop("on_load_checkpoint", None)
-        self._monitor = Monitor(quantized_layers(pl_module)) if self.log_quantizers else None
+        self._monitor = None
+        if self.quantities:
+            self._monitor = Monitor(quantized_layers(pl_module), self.quantities, self.log_costly_every)
+            self._monitor.keep = frozenset(self._shown)
+            tensorboard.add_layout(tensorboard.writers(trainer), self.quantities)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -213,6 +230,8 @@ class QuantInitCallback(Callback):
         if self._waits_for_batch:
             self._waits_for_batch = False
             self._start(trainer, pl_module, batch)
+            if self._monitor is not None:
+                self._monitor.keep = frozenset(self._shown)
         if self._monitor is not None and _trainer.is_logging_batch(trainer):
             self._monitor.open()
 
@@ -230,12 +249,29 @@ class QuantInitCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log what was measured."""
-        if self._monitor is None or not _trainer.is_logging_step(trainer):
+        monitor = self._monitor
+        if monitor is None or not _trainer.has_stepped(trainer):
             return
-        values = self._monitor.close(lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum"))
+        if "oscillation" in self.quantities:
+            monitor.track()
+        if not _trainer.is_logging_batch(trainer):
+            return
+        costly = monitor.is_costly
+        values = monitor.close(lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum"))
+        step = _trainer.logging_step(trainer)
         self._publish(trainer, values)
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=_trainer.logging_step(trainer))
+            logger.log_metrics(values, step=step)
+        if costly:
+            tensorboard.add_codes(tensorboard.writers(trainer), monitor, self._shown, step)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the quantizers as they are now, and file the run under its settings."""
+        if self._monitor is not None and self._monitor.counts:
+            publish_end_figures(trainer, pl_module, self._monitor, self._shown, _trainer.logging_step(trainer))
+            final = {f"final {name}": float(trainer.callback_metrics[name]) for name in AGGREGATES}
+            tensorboard.add_hparams(trainer, plain(self.config), final)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -355,10 +391,6 @@ class QuantInitCallback(Callback):
         nonfinite = [name for name, sketch in seen.inputs.items() if sketch.nonfinite]
         if nonfinite:
             rank_zero_warn(f"Calibration met NaN or infinite values in {shorten(nonfinite)}; they were left out.")
-        self._show(trainer, pl_module, seen)
-
-    def _show(self, trainer: Trainer, pl_module: LightningModule, seen: Observation) -> None:
-        layers = quantized_layers(pl_module)
         served = {f"{name}.{what}" for name in seen.first_run for what in layers[name].optional_inputs}
         unseen = [name for name, q in named_quantizers(layers).items() if not q.is_calibrated and name not in served]
         if unseen:
@@ -366,13 +398,10 @@ class QuantInitCallback(Callback):
                 f"Calibration saw no data for {shorten(unseen)}, which stay in float: their layers did not run, or "
                 "their weights are used without calling them. `skip` leaves such layers alone."
             )
-        text = format_report(self.report, unseen, float_parameters(pl_module))
-        if self.print_report and trainer.is_global_zero:
-            tqdm.write(text)  # leaves an open progress bar in one piece
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                indented = "\n".join("    " + line for line in text.splitlines())  # a code block in Markdown
-                logger.experiment.add_text("quantization", indented, 0)
+        self._shown = worst(self.report, self.log_figures)
+        publish_report(trainer, self.report, unseen, float_parameters(pl_module), self.print_report)
+        if self.quantities:
+            publish_start_figures(trainer, pl_module, starts, seen, self._shown)
 
     def _publish(self, trainer: Trainer, values: dict[str, float]) -> None:
         """Let other callbacks monitor the aggregates."""

@@ -63,7 +63,9 @@ def test_every_setting_is_reachable_and_defaults_print_clean(tmp_path: Path) -> 
         "skip": "[net.0]",
         "overrides": "{net.8: {activation_bits: 5}}",
         "step_lr_scale": "0.5",
-        "log_quantizers": "false",
+        "log_quantizers": "[error, oscillation]",
+        "log_costly_every": "3",
+        "log_figures": "0",
         "print_report": "false",
     }
     given = [f"--trainer.callbacks.{name}={value}" for name, value in settings.items()]

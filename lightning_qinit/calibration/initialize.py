@@ -77,6 +77,12 @@ def check_weights(layers: Mapping[str, QuantizedLayer]) -> None:
                 )
 
 
+def data_of(name: str, layers: Mapping[str, QuantizedLayer], observation: Observation) -> Sample | None:
+    """The data that the step of a quantizer is chosen for."""
+    data = _data(name, layers, observation)
+    return None if data is None else data.sample
+
+
 @torch.no_grad()
 def plan(
     layers: Mapping[str, QuantizedLayer],

@@ -8,8 +8,8 @@ from lightning_qinit.functional.affine import affine_error
 from lightning_qinit.functional.sample import Sample
 from lightning_qinit.initializers import INITIALIZERS, Initial, initialize
 
-COMPARED = ("minmax", "lsq")
-"""Initializers that every report compares with."""
+COMPARED = ("minmax", "percentile", "lsq", "lsq+", "sawb", "aciq")
+"""Initializers that every report compares with: those that look at the data once."""
 
 
 @dataclass(frozen=True)

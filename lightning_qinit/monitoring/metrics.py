@@ -1,5 +1,6 @@
 """Quantization error as torchmetrics metrics, and the two functions they are made of."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,6 +63,10 @@ class QuantizationError(Metric):
     def compute(self) -> Tensor:
         """The error over all values since the last reset."""
         return quantization_error_compute(self.noise, self.signal)
+
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
+        """Plot one or several values, the present one by default (see ``torchmetrics.Metric.plot``)."""
+        return self._plot(val, ax)
 
 
 class SignalToQuantizationNoiseRatio(QuantizationError):

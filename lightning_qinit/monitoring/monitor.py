@@ -1,35 +1,78 @@
 """What each quantizer does while training, measured on the values that training sees."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_qinit.functional.fake_quantize import broadcast_channels
+from lightning_qinit.functional.levels import thresholds
+from lightning_qinit.functional.sample import Sample
+from lightning_qinit.initializers import initialize
+from lightning_qinit.initializers.optimal import optimal
 from lightning_qinit.insertion import QuantizedLayer, named_quantizers
 from lightning_qinit.monitoring.metrics import (
     quantization_error_compute,
     quantization_error_update,
     sqnr_db_compute,
 )
+from lightning_qinit.monitoring.oscillation import Oscillation
+from lightning_qinit.monitoring.quantities import DEFAULT, PREFIXES, Quantity, aggregates
 from lightning_qinit.quantizers import Quantizer
 
-AGGREGATES = ("quant_error/mean", "quant_error/max")
+MOST_LEVELS = 256
+VALUES = 8192  # at most so many values of a tensor are solved for the step that would be optimal now
+NOISE, SIGNAL, CLIPPED, COUNT, STILL = range(5)
 
 
 class Monitor:
-    """Measures steps and errors of the quantizers, on the batches between :meth:`open` and :meth:`close` only.
+    """Measures the quantizers, on the batches between :meth:`open` and :meth:`close` only.
 
     Measuring happens in forward hooks on the values that pass through the quantizers, and nothing is copied from
     the device before :meth:`close`, which takes all numbers in one transfer.
+
+    Args:
+        layers: the layers to watch.
+        quantities: what to measure.
+        costly_every: measure ``"to_optimal"`` on every so many-th logging step only.
+
+    Attributes:
+        counts: how many values each level of a quantizer had when last measured, over all ranks.
+        keep: names of quantizers of whose values some are kept, for pictures.
+        kept: those of the last logging step, ``(groups, values)``.
     """
 
-    def __init__(self, layers: Mapping[str, QuantizedLayer]) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, QuantizedLayer],
+        quantities: Sequence[Quantity] = DEFAULT,
+        costly_every: int = 1,
+    ) -> None:
         self.quantizers = named_quantizers(layers)
+        self.quantities = tuple(quantities)
+        self.costly_every = costly_every
+        self.counts: dict[str, Tensor] = {}
+        self.oscillation: dict[str, Oscillation] = {}
+        self.keep: frozenset[str] = frozenset()
+        self.kept: dict[str, Tensor] = {}
+        self._weights = {
+            f"{name}.{what}": (layer, what) for name, layer in layers.items() for what in layer.weight_quantizers()
+        }
         self._handles: list[RemovableHandle] = []
         self._sums: dict[str, Tensor] = {}
-        self._steps: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+        self._states: dict[str, Tensor] = {}
+        self._codes: dict[str, Tensor] = {}  # of the last logging step
+        self._new_codes: dict[str, Tensor] = {}
+        self._values: dict[str, tuple[Tensor, Tensor]] = {}  # and the step that they were quantized with
+        self._closed = 0
+
+    @property
+    def is_costly(self) -> bool:
+        """Whether the next logging step is one on which the costly quantities are measured."""
+        return self._closed % self.costly_every == 0
 
     def open(self) -> None:
         """Start measuring; a second call before :meth:`close` goes on (gradient accumulation)."""
@@ -45,40 +88,140 @@ class Monitor:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        names = list(self.quantizers)
+        device = self.quantizers[names[0]].initial_step.device
         # ranks may have run different layers; all reduce the same tensor
-        device = next(iter(self.quantizers.values())).initial_step.device
-        zeros = torch.zeros(2, device=device)
-        sums = reduce(torch.stack([self._sums.get(name, zeros) for name in self.quantizers]))
-        steps = torch.stack([self._steps.get(name, q.step.detach().mean()) for name, q in self.quantizers.items()])
-        noise, signal = sums.unbind(1)
-        table = torch.stack(
-            (steps, quantization_error_compute(noise, signal), sqnr_db_compute(noise, signal), signal)
-        ).tolist()
-        self._sums, self._steps = {}, {}
+        zeros, no_counts = torch.zeros(5, device=device), torch.zeros(MOST_LEVELS, device=device)
+        sums = torch.stack([self._sums.get(name, zeros) for name in names])
+        counts = torch.stack([self._counts.get(name, no_counts) for name in names])
+        ratios = torch.stack([self._to_optimal(name, device) for name in names])
+        totals = reduce(torch.cat((sums, counts, ratios), dim=1))
+        states = torch.stack([self._states.get(name, _state(q)) for name, q in self.quantizers.items()])
+        rates = torch.stack([self._rate(name, device) for name in names])
+        noise, signal = totals[:, NOISE], totals[:, SIGNAL]
+        derived = torch.stack((quantization_error_compute(noise, signal), sqnr_db_compute(noise, signal)), dim=1)
+        used = (totals[:, 5 : 5 + MOST_LEVELS] > 0).sum(1, keepdim=True)
+        table = torch.cat((totals[:, :5], totals[:, -2:], states, rates, derived, used.to(totals)), dim=1).tolist()
+        self.counts = dict(zip(names, totals[:, 5 : 5 + MOST_LEVELS], strict=True))
+        self._sums, self._counts, self._values, self._states = {}, {}, {}, {}
+        self._codes, self._new_codes = {**self._codes, **self._new_codes}, {}
+        self._closed += 1
         values: dict[str, float] = {}
         errors = []
-        for name, step, error, sqnr, energy in zip(self.quantizers, *table, strict=True):
-            if not self.quantizers[name].active:
+        for name, row in zip(names, table, strict=True):
+            quantizer = self.quantizers[name]
+            if not quantizer.active:
                 continue
-            values[f"quant_step/{name}"] = step
-            if energy > 0:
-                values[f"quant_error/{name}"] = error
-                if error > 0:  # without noise the ratio is infinite, which loggers cannot draw
-                    values[f"quant_sqnr_db/{name}"] = sqnr
-                errors.append(error)
+            _, signal, clipped, count, still, ratio, ranks, step, drift, offset, rate, error, sqnr, used = row
+            seen = signal > 0
+            measured: dict[Quantity, float | None] = {
+                "step": step,
+                "drift": drift,
+                "offset": offset if quantizer.has_offset else None,
+                "error": error if seen else None,
+                "sqnr_db": sqnr if seen and error > 0 else None,  # loggers cannot draw infinity
+                "clipped": clipped / count if seen else None,
+                "levels_used": used / len(quantizer.levels) if seen else None,
+                "still": still / count if seen and still >= 0 and quantizer.batch_axis is None else None,
+                "to_optimal": ratio / ranks if ranks > 0 else None,
+                "oscillation": rate if name in self.oscillation else None,
+            }
+            for quantity in self.quantities:
+                if (value := measured[quantity]) is not None:
+                    values[f"{PREFIXES[quantity]}/{name}"] = value
+            errors += [error] if seen else []
         return {**values, **aggregates(errors)}
 
+    @torch.no_grad()
+    def track(self) -> None:
+        """Follow the integers of weights, after an optimizer step; for ``"oscillation"``."""
+        for name, (layer, what) in self._weights.items():
+            quantizer = self.quantizers.get(name)
+            if quantizer is not None and quantizer.active:
+                weight = quantizer.transform(layer.weights()[what].detach().float())
+                self.oscillation.setdefault(name, Oscillation()).update(codes(quantizer, weight))
+
     def _measure(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-            assert isinstance(module, Quantizer)
-            if module.active:
-                sums = torch.stack(quantization_error_update(output, module.transform(args[0]))).float()
-                self._sums[name] = self._sums[name] + sums if name in self._sums else sums
-                self._steps[name] = module.step.detach().mean()
+        def hook(quantizer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            assert isinstance(quantizer, Quantizer)
+            if quantizer.active and args[0].is_floating_point():
+                self._add(name, quantizer, args[0].detach(), output.detach())
 
         return hook
 
+    @torch.no_grad()
+    def _add(self, name: str, quantizer: Quantizer, x: Tensor, output: Tensor) -> None:
+        x = quantizer.transform(x if x.dtype == torch.float64 else x.float())
+        code = codes(quantizer, x)
+        levels = quantizer.levels.to(x)
+        v = normalized(quantizer, x)
+        beyond = (v > levels[-1] + (levels[-1] - levels[-2]) / 2) | (v < levels[0] - (levels[1] - levels[0]) / 2)
+        still = torch.zeros((), device=x.device)
+        if quantizer.batch_axis is None and "still" in self.quantities:
+            before = self._codes.get(name)
+            still = (code == before).sum() if before is not None else still - code.numel()  # marks the first time
+            self._new_codes[name] = code.to(torch.uint8)
+        noise, signal = quantization_error_update(output, x)
+        sums = torch.stack([part.float() for part in (noise, signal, beyond.sum(), noise.new_tensor(x.numel()), still)])
+        counts = torch.bincount(code.flatten(), minlength=MOST_LEVELS).float()
+        self._states[name] = _state(quantizer)  # as used: the optimizer moves it before this is logged
+        self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+        self._counts[name] = self._counts[name] + counts if name in self._counts else counts
+        if name in self.keep:
+            self.kept[name] = subsample(x, quantizer)
+        if "to_optimal" in self.quantities and self.is_costly and name not in self._values:
+            self._values[name] = (subsample(x, quantizer), quantizer.step.detach())
 
-def aggregates(errors: list[float]) -> dict[str, float]:
-    """The mean and the worst of all relative errors, by their logged names; nothing if there are none."""
-    return dict(zip(AGGREGATES, (sum(errors) / len(errors), max(errors)), strict=True)) if errors else {}
+    def _rate(self, name: str, device: torch.device) -> Tensor:
+        """The mean rate of oscillation, ``(1,)``."""
+        tracked = self.oscillation.get(name)
+        found = tracked is not None and tracked.rate is not None
+        return tracked.rate.mean()[None] if found else torch.zeros(1, device=device)  # type: ignore[union-attr]
+
+    def _to_optimal(self, name: str, device: torch.device) -> Tensor:
+        """The step relative to the optimal one on this rank's values, and 1; zeros where it was not measured."""
+        if name not in self._values:
+            return torch.zeros(2, device=device)
+        values, step = self._values[name]
+        quantizer = self.quantizers[name]
+        sample = Sample.of_tensor(values, 0)
+        best = initialize(optimal, sample, quantizer.levels, quantizer.has_offset)
+        step = step.to(best.step)
+        chosen = step if step.numel() == 1 else step[channels(step.numel()).to(step.device)]
+        ratio = chosen / best.step
+        return torch.stack((ratio.mean(), torch.ones_like(ratio[0]))).to(device, torch.float32)
+
+
+def _state(quantizer: Quantizer) -> Tensor:
+    """Step, drift and offset: the means over channels."""
+    step = quantizer.step.detach()
+    offset = quantizer.offset.detach() if quantizer.has_offset else torch.zeros_like(step)  # type: ignore[operator]
+    return torch.stack((step.mean(), (step / quantizer.initial_step).mean(), offset.mean()))
+
+
+def normalized(quantizer: Quantizer, x: Tensor) -> Tensor:
+    """Values in units of the step, from the offset."""
+    if quantizer.has_offset:
+        x = x - broadcast_channels(quantizer.offset.detach(), x, quantizer.channel_axis)  # type: ignore[operator]
+    return x / broadcast_channels(quantizer.step.detach(), x, quantizer.channel_axis)
+
+
+def codes(quantizer: Quantizer, x: Tensor) -> Tensor:
+    """Index of the level that each value is rounded to, int64."""
+    return torch.bucketize(normalized(quantizer, x).contiguous(), thresholds(quantizer.levels.to(x)), right=True)
+
+
+def channels(count: int, most: int = 16) -> Tensor:
+    """At most 16 channels, evenly spread."""
+    return torch.linspace(0, count - 1, min(count, most)).round().long()
+
+
+def subsample(x: Tensor, quantizer: Quantizer) -> Tensor:
+    """Some channels, or one group, and at most ``VALUES`` evenly spread values in all: ``(groups, values)``."""
+    if quantizer.channel_axis is None or quantizer.initial_step.numel() == 1:
+        rows = x.reshape(1, -1)
+    else:
+        rows = x.movedim(quantizer.channel_axis, 0).flatten(1)
+        rows = rows[channels(len(rows)).to(rows.device)]
+    stride = max(1, rows.numel() // VALUES)
+    return rows[:, ::stride].clone()

@@ -1,11 +1,18 @@
 """What calibration chose, what it cost, and what other initializers would have cost."""
 
+import csv
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from lightning_qinit.calibration import Start
-from lightning_qinit.calibration.measure import COMPARED
+
+SHOWN = ("minmax", "lsq")
+"""Initializers that the table compares with; the rows hold more."""
+WORST = 5
 
 
 @dataclass(frozen=True)
@@ -68,36 +75,95 @@ def make_row(start: Start) -> ReportRow:
 
 
 def format_report(rows: Sequence[ReportRow], unseen: Sequence[str] = (), left_float: Sequence[str] = ()) -> str:
-    """The report as a plain-text table, with the layers that saw no data and the tensors left in float below it."""
-    offsets = any(row.offset is not None for row in rows)
-    header = ["quantizer", "bits", "sign", "step", *(["offset"] if offsets else [])]
-    header += ["SQNR dB", "clipped %", "error", *(f"/ {name}" for name in COMPARED)]
-    table = [header]
-    for row in rows:
-        table.append(
-            [
-                row.name,
-                str(row.bits),
-                "+-" if row.signed else "+",
-                f"{row.step:.4g}" + (f" x{row.steps}" if row.steps > 1 else ""),
-                *([] if not offsets else ["" if row.offset is None else f"{row.offset:.4g}"]),
-                f"{row.sqnr_db:.1f}",
-                f"{100 * row.clipped:.2f}",
-                f"{row.error:.2e}",
-                *(_ratio(row.error, row.alternatives.get(name)) for name in COMPARED),
-            ]
-        )
+    """The report as a plain-text table, with what there is to say about it below."""
+    header, *table = [_cells(row, _has_offsets(rows)) for row in (None, *rows)]
+    table = [header, *table]
     widths = [max(len(line[i]) for line in table) for i in range(len(header))]
     lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in table]
     lines.insert(1, "-" * len(lines[0]))
-    names = ", ".join(COMPARED)
-    lines.append(f"error: squared error relative to the signal; then the same as a fraction of that of {names}.")
+    return "\n".join([*lines, *remarks(rows, unseen, left_float)])
+
+
+def markdown_report(rows: Sequence[ReportRow]) -> str:
+    """The report as a Markdown table, the worst quantizers first."""
+    offsets = _has_offsets(rows)
+    header = _cells(None, offsets)
+    ordered = sorted(rows, key=lambda row: -row.error)
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *(_cells(row, offsets) for row in ordered)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def remarks(rows: Sequence[ReportRow], unseen: Sequence[str] = (), left_float: Sequence[str] = ()) -> list[str]:
+    """What the table does not say: what its columns are, where the signal is lost, what guards did, what is left."""
+    names = " and ".join(SHOWN)
+    lines = [f"error: squared error relative to the signal; then the same as a fraction of that of {names}."]
+    lossy = [row for row in sorted(rows, key=lambda row: -row.error) if row.error > 0][:WORST]
+    if lossy:
+        lines.append("Most signal is lost in " + ", ".join(f"{row.name} ({row.sqnr_db:.1f} dB)" for row in lossy) + ".")
     lines += [f"{row.name}: {row.note}." for row in rows if row.note]
     if unseen:
         lines.append(f"No data seen, left in float: {', '.join(unseen)}.")
     if left_float:
         lines.append(f"Not quantized: {', '.join(left_float)}.")
-    return "\n".join(lines)
+    return lines
+
+
+def rich_report(rows: Sequence[ReportRow]) -> Any:
+    """The report as a table of the ``rich`` package.
+
+    Raises:
+        ModuleNotFoundError: without that package.
+    """
+    from rich.table import Table
+
+    offsets = _has_offsets(rows)
+    name, *others = _cells(None, offsets)
+    table = Table(title="Quantizers after calibration")
+    table.add_column(name)
+    for column in others:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*_cells(row, offsets))
+    return table
+
+
+def write_report(rows: Sequence[ReportRow], folder: str | Path) -> None:
+    """Write the rows as ``quantization.csv`` and ``quantization.json``."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = [{**asdict(row), "sqnr_db": row.sqnr_db if row.error > 0 else None} for row in rows]
+    (folder / "quantization.json").write_text(json.dumps(plain, indent=1))
+    flat = []
+    for row in plain:
+        alternatives = row.pop("alternatives")
+        flat.append({**row, **{f"error of {name}": value for name, value in alternatives.items()}})
+    columns = list(dict.fromkeys(key for row in flat for key in row))
+    with open(folder / "quantization.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(flat)
+
+
+def _has_offsets(rows: Sequence[ReportRow]) -> bool:
+    return any(row.offset is not None for row in rows)
+
+
+def _cells(row: ReportRow | None, offsets: bool) -> list[str]:
+    """A line of the table; its header for ``None``."""
+    if row is None:
+        columns = ["quantizer", "bits", "sign", "step", *(["offset"] if offsets else [])]
+        return [*columns, "SQNR dB", "clipped %", "error", *(f"/ {name}" for name in SHOWN)]
+    return [
+        row.name,
+        str(row.bits),
+        "+-" if row.signed else "+",
+        f"{row.step:.4g}" + (f" x{row.steps}" if row.steps > 1 else ""),
+        *([] if not offsets else ["" if row.offset is None else f"{row.offset:.4g}"]),
+        f"{row.sqnr_db:.1f}",
+        f"{100 * row.clipped:.2f}",
+        f"{row.error:.2e}",
+        *(_ratio(row.error, row.alternatives.get(name)) for name in SHOWN),
+    ]
 
 
 def _ratio(error: float, other: float | None) -> str:

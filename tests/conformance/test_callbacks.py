@@ -177,8 +177,11 @@ def test_finetuning(make_trainer, ours_first: bool) -> None:
     first, second = seen
     assert not any(name.startswith(("stem", "body")) for name in first)
     assert second == set(quantizers(model))
-    held = [id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]]
+    groups = trainer.optimizers[0].param_groups
+    held = [id(p) for group in groups for p in group["params"]]
     assert len(held) == len(set(held)) == len(list(model.parameters()))
+    steps = {id(q.relative_step) for q in quantizers(model).values()}
+    assert all(group["weight_decay"] == 0 for group in groups if steps & {id(p) for p in group["params"]})
 
 
 def test_early_stopping_and_checkpoints_on_a_quantization_metric(make_trainer, tmp_path) -> None:
