@@ -8,6 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_qinit import _trainer
@@ -35,6 +36,7 @@ from lightning_qinit.monitoring import (
     make_row,
     tensorboard,
 )
+from lightning_qinit.monitoring.oscillation import Tracker, damp
 from lightning_qinit.monitoring.publish import publish_end_figures, publish_report, publish_start_figures, worst
 from lightning_qinit.quantizers import Quantizer
 
@@ -89,10 +91,15 @@ class QuantInitCallback(Callback):
         log_quantizers: what to log of every quantizer each ``log_every_n_steps``: some of ``"step"``, ``"offset"``,
             ``"drift"`` (step relative to its start), ``"error"``, ``"sqnr_db"``, ``"clipped"``, ``"levels_used"``,
             ``"still"`` (share of weights whose integer is that of the last time), ``"to_optimal"`` (step relative to
-            the one of least error now, on a few thousand values) and ``"oscillation"`` (rate of integer flips back and
-            forth, Nagel et al., 2022, which looks at every step). ``True`` for all but the last, ``False`` for none.
+            the one of least error now, on a few thousand values), ``"oscillation"`` (rate of integer flips back and
+            forth, Nagel et al., 2022) and ``"frozen"`` (share of weights that ``freeze_oscillating`` froze). ``True``
+            for all but the last two, which look at every step; ``False`` for none.
         log_costly_every: log ``"to_optimal"`` and the histograms of integers every so many-th time only.
         log_figures: of how many quantizers, those that lose most, TensorBoard gets a picture at start and end.
+        damp_oscillation: strength of a term of the loss that pulls weights to the middle of their rounding cells (Nagel
+            et al., ICML 2022); 0 for none.
+        freeze_oscillating: freeze weights whose integer flips back and forth at more than this rate (same source), such
+            as 0.01; ``None`` freezes none.
         print_report: whether to print the table of steps and errors after calibration.
 
     Attributes:
@@ -127,6 +134,8 @@ class QuantInitCallback(Callback):
         log_quantizers: bool | Sequence[str] = True,
         log_costly_every: int = 10,
         log_figures: int = 8,
+        damp_oscillation: float = 0.0,
+        freeze_oscillating: float | None = None,
         print_report: bool = True,
     ) -> None:
         default = LayerConfig(
@@ -157,12 +166,19 @@ class QuantInitCallback(Callback):
         for argument, value, least in (("log_costly_every", log_costly_every, 1), ("log_figures", log_figures, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"`{argument}` must be a whole number of at least {least}, got {value!r}.")
+        for argument, share in (("damp_oscillation", damp_oscillation), ("freeze_oscillating", freeze_oscillating)):
+            number = isinstance(share, (int, float)) and not isinstance(share, bool)
+            if share is not None and not (number and share >= 0):
+                raise ValueError(f"`{argument}` must be a number of at least 0, got {share!r}.")
+        self.damp_oscillation, self.freeze_oscillating = damp_oscillation or 0.0, freeze_oscillating
         self.quantities = choose_quantities(log_quantizers)
         self.log_costly_every, self.log_figures = log_costly_every, log_figures
         self.print_report = print_report
         self.report: list[ReportRow] = []
         self._shown: list[str] = []  # the quantizers that there are pictures of
         self._monitor: Monitor | None = None
+        self._tracker: Tracker | None = None
+        self._tracked: dict[str, Any] | None = None  # its state in the checkpoint that is resumed, or at the end
         self._groups = 0  # of parameters, in all optimizers
         self._calibrates = False  # has still to calibrate in this fit
         self._waits_for_batch = False  # has still to calibrate, on the first batch that training sees
@@ -216,9 +232,14 @@ class QuantInitCallback(Callback):
         """Calibrate, if there was no sanity check; prepare logging."""
         self._calibrate(trainer, pl_module)
         vars(pl_module).pop("on_load_checkpoint", None)
-        self._monitor = None
+        layers = quantized_layers(pl_module)
+        self._tracker = self._monitor = None
+        if {"oscillation", "frozen"} & set(self.quantities) or self.freeze_oscillating is not None:
+            self._tracker = Tracker(layers, self.freeze_oscillating)
+            if self._tracked is not None:
+                self._tracker.load_state_dict(self._tracked)
         if self.quantities:
-            self._monitor = Monitor(quantized_layers(pl_module), self.quantities, self.log_costly_every)
+            self._monitor = Monitor(layers, self.quantities, self.log_costly_every, self._tracker)
             self._monitor.keep = frozenset(self._shown)
             tensorboard.add_layout(tensorboard.writers(trainer), self.quantities)
 
@@ -245,16 +266,23 @@ class QuantInitCallback(Callback):
                 (0 * torch.stack(idle).sum()).backward()
 
     @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Damp oscillations, if asked to."""
+        if self.damp_oscillation:
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            layers = quantized_layers(pl_module)
+            mine = {n: layer for n, layer in layers.items() if any(id(w) in held for w in layer.weights().values())}
+            damp(mine, self.damp_oscillation)
+
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log what was measured."""
+        if self._tracker is not None and _trainer.has_stepped(trainer):
+            self._tracker.update()
         monitor = self._monitor
-        if monitor is None or not _trainer.has_stepped(trainer):
-            return
-        if "oscillation" in self.quantities:
-            monitor.track()
-        if not _trainer.is_logging_batch(trainer):
+        if monitor is None or not _trainer.is_logging_batch(trainer) or not _trainer.has_stepped(trainer):
             return
         costly = monitor.is_costly
         values = monitor.close(lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum"))
@@ -294,7 +322,9 @@ class QuantInitCallback(Callback):
         """Leave no hook behind; the quantizers stay."""
         vars(pl_module).pop("configure_model", None)
         vars(pl_module).pop("on_load_checkpoint", None)
-        self._monitor = None
+        if self._tracker is not None:
+            self._tracked = self._tracker.state_dict()
+        self._monitor = self._tracker = None
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -303,13 +333,15 @@ class QuantInitCallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The settings, as plain types."""
-        return plain(self.config)
+        """The settings, as plain types, and what is known of oscillating weights."""
+        tracked = self._tracked if self._tracker is None else self._tracker.state_dict()
+        return {**plain(self.config), **({} if tracked is None else {"oscillation": tracked})}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse a checkpoint whose quantizers were set up differently."""
         self._refuse_other_settings(state_dict)
+        self._tracked = state_dict.get("oscillation")
 
     def _settle_optimizers(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         """Have every step in an optimizer, without weight decay; the layers that none trains."""

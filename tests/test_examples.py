@@ -66,6 +66,8 @@ def test_every_setting_is_reachable_and_defaults_print_clean(tmp_path: Path) -> 
         "log_quantizers": "[error, oscillation]",
         "log_costly_every": "3",
         "log_figures": "0",
+        "damp_oscillation": "0.1",
+        "freeze_oscillating": "0.02",
         "print_report": "false",
     }
     given = [f"--trainer.callbacks.{name}={value}" for name, value in settings.items()]

@@ -23,7 +23,7 @@ from lightning_qinit import QuantInitCallback, calibrate, prepare
 from lightning_qinit.functional import optimal_scale
 from lightning_qinit.insertion import named_quantizers, quantized_layers
 from lightning_qinit.monitoring import Monitor
-from lightning_qinit.monitoring.oscillation import Oscillation
+from lightning_qinit.monitoring.oscillation import Oscillation, damp
 from lightning_qinit.monitoring.quantities import DEFAULT, PREFIXES
 
 pytestmark = pytest.mark.filterwarnings(
@@ -134,7 +134,7 @@ def test_quantities_are_a_choice(make_trainer, tmp_path) -> None:
     for argument in ({"log_costly_every": 0}, {"log_figures": -1}, {"log_figures": True}):
         with pytest.raises(ValueError, match=f"`{next(iter(argument))}` must be a whole number of at least"):
             QuantInitCallback(**argument)
-    assert set(DEFAULT) == set(PREFIXES) - {"oscillation"}
+    assert set(DEFAULT) == set(PREFIXES) - {"oscillation", "frozen"}
 
 
 def test_nothing_is_measured_between_logging_steps() -> None:
@@ -179,8 +179,8 @@ def test_sums_over_ranks_give_the_numbers_of_all_data() -> None:
 def test_oscillation_is_that_of_the_paper() -> None:
     torch.manual_seed(0)
     codes = torch.randint(-1, 2, (200, 5)).cumsum(0) % 4
-    tracked = Oscillation(momentum=0.1)
-    flags = torch.stack([tracked.update(step) for step in codes])
+    tracked = Oscillation(codes[0], momentum=0.1)
+    flags = torch.stack([tracked.update(step) for step in codes])  # the first changes nothing
     for weight in range(5):
         rate, last = 0.0, 0
         for t in range(1, 200):
@@ -191,6 +191,87 @@ def test_oscillation_is_that_of_the_paper() -> None:
             rate = 0.1 * oscillates + 0.9 * rate
             last = sign or last
         assert float(tracked.rate[weight]) == pytest.approx(rate, rel=1e-4)
+
+
+class Flipping(SmallNet):
+    """A weight that is driven over a threshold and back at every step."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+    def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
+        quantizer = self.hidden.weight_quantizer
+        with torch.no_grad():
+            self.hidden.weight[0, 0] = quantizer.step[0] * (0.4 if self.global_step % 2 else 0.6)
+
+
+def test_oscillating_weights_are_frozen_where_they_are_mostly(make_trainer, tmp_path) -> None:
+    settings = dict(weight_bits=3, freeze_oscillating=0.02, log_quantizers=["oscillation", "frozen"])
+    logger, model = CSVLogger(tmp_path, name="log"), Flipping()
+    frozen = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: object) -> None:
+            quantizer = pl_module.hidden.weight_quantizer
+            frozen.append(float((pl_module.hidden.weight[0, 0] / quantizer.step[0]).detach()))
+
+    trainer = make_trainer(quiet(**settings), Watch(), logger=logger, log_every_n_steps=1, max_epochs=3)
+    trainer.fit(model, loader())
+    # rate after n flips: 1 - 0.99^n > 0.02 at the third flip, which is the fourth change
+    assert [value in (0.0, 1.0) for value in frozen] == [False] * 4 + [True] * 8
+    with open(Path(logger.log_dir) / "metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["quant_frozen/hidden.weight"]]
+    assert float(rows[-1]["quant_frozen/hidden.weight"]) == pytest.approx(1 / model.hidden.weight.numel())
+    assert float(rows[-1]["quant_oscillation/hidden.weight"]) > 0
+
+
+def test_frozen_weights_stay_frozen_in_a_resumed_run(make_trainer, tmp_path) -> None:
+    settings = dict(weight_bits=2, freeze_oscillating=0.005)
+
+    def run(epochs: int, resume: Path | None = None) -> tuple[SmallNet, dict[str, Any]]:
+        torch.manual_seed(0)
+        model, callback = SmallNet(), quiet(**settings)
+        model.dropout.p = 0.0
+        trainer = make_trainer(callback, max_epochs=epochs)
+        trainer.fit(model, loader(shuffle=False), ckpt_path=resume)
+        path = tmp_path / f"{epochs}.ckpt"
+        trainer.save_checkpoint(path)
+        return model, torch.load(path, weights_only=True)["callbacks"]["QuantInitCallback"]
+
+    straight, _ = run(8)
+    run(4)
+    resumed, state = run(8, tmp_path / "4.ckpt")
+    assert any((codes >= 0).any() for codes in state["oscillation"]["frozen"].values())
+    for name, value in straight.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_damping_is_the_gradient_of_the_term_in_the_paper() -> None:
+    torch.manual_seed(0)
+    model = prepare(nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 3)), weight_bits=3, first_last_bits=None)
+    calibrate(model, [torch.randn(5, 40)])
+    model(torch.randn(5, 40)).square().sum().backward()
+    before = model[0].weight.grad.clone()
+    damp(quantized_layers(model), 0.5)
+    quantizer = model[0].weight_quantizer
+    step = quantizer.step.detach()[:, None]
+    weight = model[0].weight.detach().clone().requires_grad_()
+    term = 0.5 * (quantizer(weight).detach() - weight.clamp(-4 * step, 3 * step)).square().sum()
+    (expected,) = torch.autograd.grad(term, weight)
+    assert torch.allclose(model[0].weight.grad - before, expected, atol=1e-6)
+
+
+def test_damping_in_a_run(make_trainer) -> None:
+    distances = []
+    for strength in (0.0, 1.0):
+        torch.manual_seed(0)
+        model = SmallNet()
+        make_trainer(quiet(weight_bits=2, damp_oscillation=strength), max_epochs=4).fit(model, loader(shuffle=False))
+        quantizer = model.hidden.weight_quantizer
+        distances.append(float((quantizer(model.hidden.weight) - model.hidden.weight).detach().square().mean()))
+    assert distances[1] < 0.7 * distances[0]
+    with pytest.raises(ValueError, match="`damp_oscillation` must be a number of at least 0, got -1"):
+        QuantInitCallback(damp_oscillation=-1)
 
 
 def test_report_is_written_beside_the_logs(make_trainer, tmp_path, capsys) -> None:

@@ -7,18 +7,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_qinit.functional.fake_quantize import broadcast_channels
-from lightning_qinit.functional.levels import thresholds
 from lightning_qinit.functional.sample import Sample
 from lightning_qinit.initializers import initialize
 from lightning_qinit.initializers.optimal import optimal
 from lightning_qinit.insertion import QuantizedLayer, named_quantizers
+from lightning_qinit.monitoring.codes import codes_of, normalized
 from lightning_qinit.monitoring.metrics import (
     quantization_error_compute,
     quantization_error_update,
     sqnr_db_compute,
 )
-from lightning_qinit.monitoring.oscillation import Oscillation
+from lightning_qinit.monitoring.oscillation import Tracker
 from lightning_qinit.monitoring.quantities import DEFAULT, PREFIXES, Quantity, aggregates
 from lightning_qinit.quantizers import Quantizer
 
@@ -37,6 +36,7 @@ class Monitor:
         layers: the layers to watch.
         quantities: what to measure.
         costly_every: measure ``"to_optimal"`` on every so many-th logging step only.
+        tracker: what follows the oscillation of weights, for ``"oscillation"`` and ``"frozen"``.
 
     Attributes:
         counts: how many values each level of a quantizer had when last measured, over all ranks.
@@ -49,17 +49,15 @@ class Monitor:
         layers: Mapping[str, QuantizedLayer],
         quantities: Sequence[Quantity] = DEFAULT,
         costly_every: int = 1,
+        tracker: Tracker | None = None,
     ) -> None:
         self.quantizers = named_quantizers(layers)
         self.quantities = tuple(quantities)
         self.costly_every = costly_every
         self.counts: dict[str, Tensor] = {}
-        self.oscillation: dict[str, Oscillation] = {}
+        self.tracker = tracker
         self.keep: frozenset[str] = frozenset()
         self.kept: dict[str, Tensor] = {}
-        self._weights = {
-            f"{name}.{what}": (layer, what) for name, layer in layers.items() for what in layer.weight_quantizers()
-        }
         self._handles: list[RemovableHandle] = []
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
@@ -124,22 +122,14 @@ class Monitor:
                 "levels_used": used / len(quantizer.levels) if seen else None,
                 "still": still / count if seen and still >= 0 and quantizer.batch_axis is None else None,
                 "to_optimal": ratio / ranks if ranks > 0 else None,
-                "oscillation": rate if name in self.oscillation else None,
+                "oscillation": rate if rate >= 0 else None,
+                "frozen": None if self.tracker is None else self.tracker.share_frozen(name),
             }
             for quantity in self.quantities:
                 if (value := measured[quantity]) is not None:
                     values[f"{PREFIXES[quantity]}/{name}"] = value
             errors += [error] if seen else []
         return {**values, **aggregates(errors)}
-
-    @torch.no_grad()
-    def track(self) -> None:
-        """Follow the integers of weights, after an optimizer step; for ``"oscillation"``."""
-        for name, (layer, what) in self._weights.items():
-            quantizer = self.quantizers.get(name)
-            if quantizer is not None and quantizer.active:
-                weight = quantizer.transform(layer.weights()[what].detach().float())
-                self.oscillation.setdefault(name, Oscillation()).update(codes(quantizer, weight))
 
     def _measure(self, name: str) -> Any:
         def hook(quantizer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -152,7 +142,7 @@ class Monitor:
     @torch.no_grad()
     def _add(self, name: str, quantizer: Quantizer, x: Tensor, output: Tensor) -> None:
         x = quantizer.transform(x if x.dtype == torch.float64 else x.float())
-        code = codes(quantizer, x)
+        code = codes_of(quantizer, x)
         levels = quantizer.levels.to(x)
         v = normalized(quantizer, x)
         beyond = (v > levels[-1] + (levels[-1] - levels[-2]) / 2) | (v < levels[0] - (levels[1] - levels[0]) / 2)
@@ -173,10 +163,9 @@ class Monitor:
             self._values[name] = (subsample(x, quantizer), quantizer.step.detach())
 
     def _rate(self, name: str, device: torch.device) -> Tensor:
-        """The mean rate of oscillation, ``(1,)``."""
-        tracked = self.oscillation.get(name)
-        found = tracked is not None and tracked.rate is not None
-        return tracked.rate.mean()[None] if found else torch.zeros(1, device=device)  # type: ignore[union-attr]
+        """The mean rate of oscillation, ``(1,)``; -1 where it is not followed."""
+        tracked = None if self.tracker is None else self.tracker.oscillation.get(name)
+        return torch.full((1,), -1.0, device=device) if tracked is None else tracked.rate.mean()[None]
 
     def _to_optimal(self, name: str, device: torch.device) -> Tensor:
         """The step relative to the optimal one on this rank's values, and 1; zeros where it was not measured."""
@@ -197,18 +186,6 @@ def _state(quantizer: Quantizer) -> Tensor:
     step = quantizer.step.detach()
     offset = quantizer.offset.detach() if quantizer.has_offset else torch.zeros_like(step)  # type: ignore[operator]
     return torch.stack((step.mean(), (step / quantizer.initial_step).mean(), offset.mean()))
-
-
-def normalized(quantizer: Quantizer, x: Tensor) -> Tensor:
-    """Values in units of the step, from the offset."""
-    if quantizer.has_offset:
-        x = x - broadcast_channels(quantizer.offset.detach(), x, quantizer.channel_axis)  # type: ignore[operator]
-    return x / broadcast_channels(quantizer.step.detach(), x, quantizer.channel_axis)
-
-
-def codes(quantizer: Quantizer, x: Tensor) -> Tensor:
-    """Index of the level that each value is rounded to, int64."""
-    return torch.bucketize(normalized(quantizer, x).contiguous(), thresholds(quantizer.levels.to(x)), right=True)
 
 
 def channels(count: int, most: int = 16) -> Tensor:

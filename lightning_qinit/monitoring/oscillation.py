@@ -1,39 +1,143 @@
-"""Weights that flip between two integers (Nagel et al., ICML 2022, arXiv 2203.11086)."""
+"""Weights that flip between two integers, and two remedies (Nagel et al., ICML 2022, arXiv 2203.11086)."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_qinit.functional.fake_quantize import broadcast_channels
+from lightning_qinit.insertion import QuantizedLayer, named_quantizers
+from lightning_qinit.monitoring.codes import codes_of
+from lightning_qinit.quantizers import Quantizer
+
+MOMENTUM = 0.01
 
 
 class Oscillation:
     """The rate at which each weight's integer flips back and forth, as an exponential average.
 
     An integer oscillates at a step if it changed, and changed in the other direction than at its last change
-    (section 3.1, equation 5); ``rate`` is the exponential average of that (equation 6). Memory: 7 bytes per weight.
+    (section 3); ``rate`` is the exponential average of that.
 
     Args:
+        codes: the integers at the start.
         momentum: weight of the newest step.
 
     Attributes:
-        rate: per weight, 0 to 1; ``None`` before the first update.
+        rate: per weight, 0 to 1.
+        mean: exponential average of the integers, which says where a weight that is frozen should stay.
     """
 
-    def __init__(self, momentum: float = 0.01) -> None:
+    def __init__(self, codes: Tensor, momentum: float = MOMENTUM) -> None:
         self.momentum = momentum
-        self.rate: Tensor | None = None
-        self._codes: Tensor | None = None
-        self._direction: Tensor | None = None
+        self.codes = codes.to(torch.int16)
+        self.direction = torch.zeros_like(codes, dtype=torch.int8)
+        self.rate = torch.zeros_like(codes, dtype=torch.float32)
+        self.mean = codes.to(torch.float32)
 
     @torch.no_grad()
     def update(self, codes: Tensor) -> Tensor:
         """Take the integers of a step; returns which weights oscillated at it."""
         codes = codes.to(torch.int16)
-        if self._codes is None or self._direction is None or self.rate is None:
-            self._codes, self._direction = codes, torch.zeros_like(codes, dtype=torch.int8)
-            self.rate = torch.zeros_like(codes, dtype=torch.float32)
-            return torch.zeros_like(codes, dtype=torch.bool)
-        direction = (codes - self._codes).sign().to(torch.int8)
-        oscillates = direction * self._direction < 0
-        self._codes = codes
-        self._direction = torch.where(direction != 0, direction, self._direction)
+        direction = (codes - self.codes).sign().to(torch.int8)
+        oscillates = direction * self.direction < 0
+        self.codes = codes
+        self.direction = torch.where(direction != 0, direction, self.direction)
         self.rate.lerp_(oscillates.to(self.rate), self.momentum)
+        self.mean.lerp_(codes.to(self.mean), self.momentum)
         return oscillates
+
+
+class Tracker:
+    """Follows the oscillation of all quantized weights from step to step, and freezes those that oscillate too often.
+
+    A weight whose rate exceeds ``freeze_above`` is put on the integer nearest to the average of its integers and stays
+    there. Memory: 11 bytes per weight.
+
+    Args:
+        layers: the layers to watch.
+        freeze_above: the rate; ``None`` to freeze nothing.
+    """
+
+    def __init__(self, layers: Mapping[str, QuantizedLayer], freeze_above: float | None = None) -> None:
+        names = named_quantizers(layers)
+        self.weights = {
+            f"{name}.{what}": (layer, what)
+            for name, layer in layers.items()
+            for what in layer.weight_quantizers()
+            if f"{name}.{what}" in names
+        }
+        self.freeze_above = freeze_above
+        self.oscillation: dict[str, Oscillation] = {}
+        self.frozen: dict[str, Tensor] = {}  # the level that a weight stays on; -1: it is free
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the weights after an optimizer step."""
+        for name, quantizer, weight in self._active():
+            codes = codes_of(quantizer, quantizer.transform(weight.detach().float()))
+            if name not in self.oscillation:
+                self.oscillation[name] = Oscillation(codes)
+                continue
+            tracked = self.oscillation[name]
+            tracked.update(codes)
+            if self.freeze_above is not None:
+                self._freeze(name, quantizer, weight, tracked.rate > self.freeze_above)
+
+    def _freeze(self, name: str, quantizer: Quantizer, weight: Tensor, oscillates: Tensor) -> None:
+        tracked = self.oscillation[name]
+        frozen = self.frozen.setdefault(name, torch.full_like(tracked.codes, -1))
+        frozen = torch.where(oscillates & (frozen < 0), tracked.mean.round().to(frozen), frozen)
+        self.frozen[name] = frozen
+        level = quantizer.levels.to(tracked.mean)[frozen.clamp(min=0).long()]
+        step = broadcast_channels(quantizer.step.detach(), weight, quantizer.channel_axis)
+        weight.copy_(torch.where(frozen >= 0, (level * step).to(weight), weight))
+
+    def _active(self) -> Iterable[tuple[str, Quantizer, Tensor]]:
+        for name, (layer, what) in self.weights.items():
+            quantizer = layer.weight_quantizers()[what]
+            if quantizer.active:
+                yield name, quantizer, layer.weights()[what]
+
+    def share_frozen(self, name: str) -> float | None:
+        """The share of a weight's elements that are frozen; ``None`` if nothing is ever frozen."""
+        if self.freeze_above is None:
+            return None
+        return float((self.frozen[name] >= 0).float().mean()) if name in self.frozen else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors, so that a resumed run goes on as it would have."""
+        tracked = {name: {**vars(oscillation)} for name, oscillation in self.oscillation.items()}
+        return {"oscillation": tracked, "frozen": dict(self.frozen)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state."""
+        for name, values in state["oscillation"].items():
+            device = self.weights[name][0].weights()[self.weights[name][1]].device
+            self.oscillation[name] = Oscillation(values["codes"].to(device), values["momentum"])
+            for key, value in values.items():
+                setattr(self.oscillation[name], key, value.to(device) if isinstance(value, Tensor) else value)
+        self.frozen = {name: frozen.to(self.oscillation[name].rate.device) for name, frozen in state["frozen"].items()}
+
+
+@torch.no_grad()
+def damp(layers: Mapping[str, QuantizedLayer], strength: float) -> None:
+    """Add the gradient of ``strength * |q(w) - clip(w)|^2`` to that of every weight.
+
+    It pulls weights to the middle of their rounding cells. Called between the backward pass and the optimizer step,
+    it is the same as a term of the loss.
+    """
+    done: set[int] = set()
+    for layer in layers.values():
+        weights = layer.weights()
+        for what, quantizer in layer.weight_quantizers().items():
+            weight = weights[what]
+            if not quantizer.active or weight.grad is None or id(weight) in done:
+                continue
+            done.add(id(weight))
+            step = broadcast_channels(quantizer.step.detach(), weight, quantizer.channel_axis)
+            levels = quantizer.levels
+            v = weight.detach() / step
+            inside = (v > float(levels[0])) & (v < float(levels[-1]))
+            weight.grad += (2 * strength * inside * (weight.detach() - quantizer(weight.detach()))).to(weight.grad)

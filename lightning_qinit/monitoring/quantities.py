@@ -4,7 +4,17 @@ from collections.abc import Iterable
 from typing import Literal
 
 Quantity = Literal[
-    "step", "offset", "drift", "error", "sqnr_db", "clipped", "levels_used", "still", "to_optimal", "oscillation"
+    "step",
+    "offset",
+    "drift",
+    "error",
+    "sqnr_db",
+    "clipped",
+    "levels_used",
+    "still",
+    "to_optimal",
+    "oscillation",
+    "frozen",
 ]
 
 # The text before the slash of the logged names, by which TensorBoard groups: one card per quantity.
@@ -19,6 +29,7 @@ PREFIXES: dict[Quantity, str] = {
     "still": "quant_still",  # share of weights whose integer is that of the last logging step
     "to_optimal": "quant_step_to_optimal",  # relative to the step of least error on these values
     "oscillation": "quant_oscillation",  # mean rate of integer flips back and forth
+    "frozen": "quant_frozen",  # share of weights that are frozen for oscillating
 }
 DEFAULT: tuple[Quantity, ...] = (
     "step", "offset", "drift", "error", "sqnr_db", "clipped", "levels_used", "still", "to_optimal"
@@ -27,7 +38,9 @@ AGGREGATES = ("quant_error/mean", "quant_error/max")
 
 
 def choose_quantities(asked: bool | Iterable[str]) -> tuple[Quantity, ...]:
-    """The quantities that an argument asks for: ``True`` for all but ``"oscillation"``, which is tracked every step.
+    """The quantities that an argument asks for.
+
+    ``True`` stands for all but ``"oscillation"`` and ``"frozen"``, which need a look at every step.
 
     Raises:
         ValueError: for a name that is none of them.
