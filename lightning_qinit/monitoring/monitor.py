@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_qinit.functional.sample import Sample
-from lightning_qinit.initializers import initialize
-from lightning_qinit.initializers.optimal import optimal
+from lightning_qinit.functional.levels import thresholds
+from lightning_qinit.functional.optimal import solve_rows
+from lightning_qinit.functional.sample import float64_device
 from lightning_qinit.insertion import QuantizedLayer, named_quantizers
-from lightning_qinit.monitoring.codes import codes_of, normalized
+from lightning_qinit.monitoring.codes import normalized
 from lightning_qinit.monitoring.metrics import (
     quantization_error_compute,
     quantization_error_update,
@@ -22,7 +22,8 @@ from lightning_qinit.monitoring.quantities import DEFAULT, PREFIXES, Quantity, a
 from lightning_qinit.quantizers import Quantizer
 
 MOST_LEVELS = 256
-VALUES = 8192  # at most so many values of a tensor are solved for the step that would be optimal now
+VALUES = 8192  # at most so many values of a tensor are drawn
+OPTIMUM_VALUES = 2048  # and so many are solved for the step that would be optimal now
 NOISE, SIGNAL, CLIPPED, COUNT, STILL = range(5)
 
 
@@ -64,7 +65,7 @@ class Monitor:
         self._states: dict[str, Tensor] = {}
         self._codes: dict[str, Tensor] = {}  # of the last logging step
         self._new_codes: dict[str, Tensor] = {}
-        self._values: dict[str, tuple[Tensor, Tensor]] = {}  # and the step that they were quantized with
+        self._values: dict[str, Tensor] = {}  # in units of the step, ``(groups, values)``
         self._closed = 0
 
     @property
@@ -92,7 +93,7 @@ class Monitor:
         zeros, no_counts = torch.zeros(5, device=device), torch.zeros(MOST_LEVELS, device=device)
         sums = torch.stack([self._sums.get(name, zeros) for name in names])
         counts = torch.stack([self._counts.get(name, no_counts) for name in names])
-        ratios = torch.stack([self._to_optimal(name, device) for name in names])
+        ratios = self._to_optimal(device)
         totals = reduce(torch.cat((sums, counts, ratios), dim=1))
         states = torch.stack([self._states.get(name, _state(q)) for name, q in self.quantizers.items()])
         rates = torch.stack([self._rate(name, device) for name in names])
@@ -142,43 +143,59 @@ class Monitor:
     @torch.no_grad()
     def _add(self, name: str, quantizer: Quantizer, x: Tensor, output: Tensor) -> None:
         x = quantizer.transform(x if x.dtype == torch.float64 else x.float())
-        code = codes_of(quantizer, x)
-        levels = quantizer.levels.to(x)
-        v = normalized(quantizer, x)
-        beyond = (v > levels[-1] + (levels[-1] - levels[-2]) / 2) | (v < levels[0] - (levels[1] - levels[0]) / 2)
+        v, levels = normalized(quantizer, x).contiguous(), quantizer.levels
+        cell = _cells(v, levels)
+        filled = torch.bincount(cell.flatten(), minlength=len(levels) + 2).float()
+        counts = torch.zeros(MOST_LEVELS, device=x.device)
+        counts[: len(levels)] = filled[1:-1]
+        counts[0] += filled[0]
+        counts[len(levels) - 1] += filled[-1]
         still = torch.zeros((), device=x.device)
         if quantizer.batch_axis is None and "still" in self.quantities:
+            code = (cell - 1).clamp_(0, len(levels) - 1).to(torch.uint8)
             before = self._codes.get(name)
             still = (code == before).sum() if before is not None else still - code.numel()  # marks the first time
-            self._new_codes[name] = code.to(torch.uint8)
+            self._new_codes[name] = code
         noise, signal = quantization_error_update(output, x)
-        sums = torch.stack([part.float() for part in (noise, signal, beyond.sum(), noise.new_tensor(x.numel()), still)])
-        counts = torch.bincount(code.flatten(), minlength=MOST_LEVELS).float()
+        sums = torch.stack(
+            [part.float() for part in (noise, signal, filled[0] + filled[-1], noise.new_tensor(x.numel()), still)]
+        )
         self._states[name] = _state(quantizer)  # as used: the optimizer moves it before this is logged
         self._sums[name] = self._sums[name] + sums if name in self._sums else sums
         self._counts[name] = self._counts[name] + counts if name in self._counts else counts
         if name in self.keep:
             self.kept[name] = subsample(x, quantizer)
         if "to_optimal" in self.quantities and self.is_costly and name not in self._values:
-            self._values[name] = (subsample(x, quantizer), quantizer.step.detach())
+            self._values[name] = subsample(v, quantizer, OPTIMUM_VALUES)
 
     def _rate(self, name: str, device: torch.device) -> Tensor:
         """The mean rate of oscillation, ``(1,)``; -1 where it is not followed."""
         tracked = None if self.tracker is None else self.tracker.oscillation.get(name)
         return torch.full((1,), -1.0, device=device) if tracked is None else tracked.rate.mean()[None]
 
-    def _to_optimal(self, name: str, device: torch.device) -> Tensor:
-        """The step relative to the optimal one on this rank's values, and 1; zeros where it was not measured."""
-        if name not in self._values:
-            return torch.zeros(2, device=device)
-        values, step = self._values[name]
-        quantizer = self.quantizers[name]
-        sample = Sample.of_tensor(values, 0)
-        best = initialize(optimal, sample, quantizer.levels, quantizer.has_offset)
-        step = step.to(best.step)
-        chosen = step if step.numel() == 1 else step[channels(step.numel()).to(step.device)]
-        ratio = chosen / best.step
-        return torch.stack((ratio.mean(), torch.ones_like(ratio[0]))).to(device, torch.float32)
+    def _to_optimal(self, device: torch.device) -> Tensor:
+        """Steps relative to the optimal ones on this rank's values, and 1; zeros where it was not measured."""
+        ratios = {name: torch.zeros(2, device=device) for name in self.quantizers}
+        alike: dict[tuple[float, ...], list[str]] = {}
+        for name in self._values:
+            alike.setdefault(tuple(self.quantizers[name].levels.tolist()), []).append(name)
+        for levels, names in alike.items():  # all groups of one level set at once
+            rows = [self._values[name].to(float64_device(self._values[name])).double() for name in names]
+            width = max(row.shape[1] for row in rows)
+            values = torch.cat([nn.functional.pad(row, (0, width - row.shape[1])) for row in rows])
+            weights = torch.cat([nn.functional.pad(torch.ones_like(r), (0, width - r.shape[1])) for r in rows])
+            best = solve_rows(values, weights, torch.tensor(levels, dtype=torch.float64, device=values.device)).scale
+            for name, scale in zip(names, best.split([len(row) for row in rows]), strict=True):
+                ratios[name] = torch.stack((1 / scale, torch.ones_like(scale))).mean(1).to(device, torch.float32)
+        return torch.stack(list(ratios.values()))
+
+
+def _cells(v: Tensor, levels: Tensor) -> Tensor:
+    """Index of the nearest level, from 1 on; 0 and the last for values more than half a step beyond the outermost."""
+    if bool((levels.diff() == 1).all()):
+        return (v + (1.5 - float(levels[0]))).floor_().clamp_(0, len(levels) + 1).nan_to_num_(0).long()
+    low, high = levels[:1] - (levels[1:2] - levels[:1]) / 2, levels[-1:] + (levels[-1:] - levels[-2:-1]) / 2
+    return torch.bucketize(v, torch.cat((low, thresholds(levels), high)).to(v), right=True)
 
 
 def _state(quantizer: Quantizer) -> Tensor:
@@ -193,12 +210,12 @@ def channels(count: int, most: int = 16) -> Tensor:
     return torch.linspace(0, count - 1, min(count, most)).round().long()
 
 
-def subsample(x: Tensor, quantizer: Quantizer) -> Tensor:
-    """Some channels, or one group, and at most ``VALUES`` evenly spread values in all: ``(groups, values)``."""
+def subsample(x: Tensor, quantizer: Quantizer, most: int = VALUES) -> Tensor:
+    """Some channels, or one group, and at most about ``most`` evenly spread values in all: ``(groups, values)``."""
     if quantizer.channel_axis is None or quantizer.initial_step.numel() == 1:
         rows = x.reshape(1, -1)
     else:
         rows = x.movedim(quantizer.channel_axis, 0).flatten(1)
         rows = rows[channels(len(rows)).to(rows.device)]
-    stride = max(1, rows.numel() // VALUES)
+    stride = (rows.numel() // most) | 1  # odd, so that it does not keep step with the rows of an image
     return rows[:, ::stride].clone()
