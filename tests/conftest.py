@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_qinit import QuantInitCallback
+
 
 class SmallNet(pl.LightningModule):
     """A few layers of every common kind: convolution, BatchNorm, residual connection, dropout, linear."""
@@ -55,6 +57,11 @@ def small_data(count: int = 32) -> TensorDataset:
 
 def loader(count: int = 32, batch_size: int = 8, shuffle: bool = True) -> DataLoader:
     return DataLoader(small_data(count), batch_size, shuffle=shuffle)
+
+
+def quiet(**settings) -> QuantInitCallback:
+    """The callback on a few batches, without a printed report."""
+    return QuantInitCallback(**{"print_report": False, "calibration_batches": 3, **settings})
 
 
 @pytest.fixture

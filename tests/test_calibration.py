@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SmallNet, loader, small_data
+from conftest import SmallNet, loader, quiet, small_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -18,17 +18,6 @@ from lightning_qinit.calibration import Sketch, observe
 from lightning_qinit.calibration.allocate import allocate_bits
 from lightning_qinit.functional import fake_quantize, optimal_scale
 from lightning_qinit.insertion import insert, named_quantizers, quantized_layers
-
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers.*",
-    "ignore:.*no `val_dataloader`.*|.*defined a `validation_step` but have no.*",
-    "ignore:.*is deprecated, use `isinstance.treespec.*:FutureWarning",  # Lightning's own use of torch
-    "ignore:.*treespec.*",
-)
-
-
-def quiet(**settings) -> QuantInitCallback:
-    return QuantInitCallback(**{"print_report": False, "calibration_batches": 3, **settings})
 
 
 class Wide(SmallNet):

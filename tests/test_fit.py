@@ -9,7 +9,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import SmallNet, loader, small_data
+from conftest import SmallNet, loader, quiet, small_data
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -20,18 +20,6 @@ from torchmetrics import MeanMetric
 from lightning_qinit import QuantInitCallback, Sample, calibrate, prepare
 from lightning_qinit.functional import optimal_scale
 from lightning_qinit.insertion import insert, quantized_layers, remove
-
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers.*",
-    "ignore:.*no `val_dataloader`.*|.*defined a `validation_step` but have no.*",
-    "ignore:.*smaller than the logging interval.*",
-    "ignore:.*is deprecated, use `isinstance.treespec.*:FutureWarning",  # Lightning's own use of torch
-    "ignore:.*treespec.*",
-)
-
-
-def quiet(**settings) -> QuantInitCallback:
-    return QuantInitCallback(**{"print_report": False, "calibration_batches": 3, **settings})
 
 
 def quantizers(module: nn.Module) -> dict:

@@ -25,11 +25,6 @@ from lightning_qinit import QuantInitCallback
 from lightning_qinit.config import shorten
 from lightning_qinit.insertion import named_quantizers, quantized_layers
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers:UserWarning",  # Lightning's advice; the data are four images in memory
-    "ignore:.*isinstance.treespec, LeafSpec.:FutureWarning",  # Lightning's own use of torch
-)
-
 CLASSES = 10
 Build = Callable[[], nn.Module]
 

@@ -14,7 +14,7 @@ from urllib.parse import quote, urlencode
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import SmallNet, loader
+from conftest import SmallNet, loader, quiet
 from lightning.pytorch.callbacks import RichModelSummary
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import Tensor, nn
@@ -25,18 +25,6 @@ from lightning_qinit.insertion import named_quantizers, quantized_layers
 from lightning_qinit.monitoring import Monitor
 from lightning_qinit.monitoring.oscillation import Oscillation, damp
 from lightning_qinit.monitoring.quantities import DEFAULT, PREFIXES
-
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers.*",
-    "ignore:.*no `val_dataloader`.*|.*defined a `validation_step` but have no.*",
-    "ignore:.*smaller than the logging interval.*",
-    "ignore:.*is deprecated, use `isinstance.treespec.*:FutureWarning",  # Lightning's own use of torch
-    "ignore:.*treespec.*",
-)
-
-
-def quiet(**settings) -> QuantInitCallback:
-    return QuantInitCallback(**{"print_report": False, "calibration_batches": 3, **settings})
 
 
 def rows_of(logger: CSVLogger) -> dict[int, dict[str, float]]:

@@ -5,7 +5,7 @@ import copy
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import SmallNet, loader, small_data
+from conftest import SmallNet, loader, quiet, small_data
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
@@ -22,20 +22,7 @@ from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_qinit import QuantInitCallback
 from lightning_qinit.insertion import named_quantizers, quantized_layers
-
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers.*",
-    "ignore:.*no `val_dataloader`.*|.*defined a `validation_step` but have no.*",
-    "ignore:.*smaller than the logging interval.*",
-    "ignore:.*is deprecated, use `isinstance.treespec.*:FutureWarning",  # Lightning's own use of torch
-    "ignore:.*treespec.*",
-)
-
-
-def quiet(**settings) -> QuantInitCallback:
-    return QuantInitCallback(**{"print_report": False, "calibration_batches": 2, **settings})
 
 
 def quantizers(module: nn.Module) -> dict:

@@ -8,33 +8,21 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import SmallNet, loader, small_data
+from conftest import SmallNet, loader, quiet, small_data
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_qinit
-from lightning_qinit import QuantInitCallback, prepare
+from lightning_qinit import prepare
 from lightning_qinit.insertion import named_quantizers, quantized_layers
-
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers.*",
-    "ignore:.*no `val_dataloader`.*|.*defined a `validation_step` but have no.*",
-    "ignore:.*smaller than the logging interval.*",
-    "ignore:.*is deprecated, use `isinstance.treespec.*:FutureWarning",  # Lightning's own use of torch
-    "ignore:.*treespec.*",
-)
 
 KINDS = [
     {"weight_bits": 3},
     {"activation_quantizer": "lsq+", "weight_quantizer": "apot", "average_bits": 3.0},
     {"weight_quantizer": {"name": "lsq", "narrow_range": True}, "per_channel": False, "skip": ["body"]},
 ]
-
-
-def quiet(**settings) -> QuantInitCallback:
-    return QuantInitCallback(**{"print_report": False, "calibration_batches": 2, **settings})
 
 
 def trained(make_trainer, path: Path, model: pl.LightningModule | None = None, **settings) -> pl.LightningModule:

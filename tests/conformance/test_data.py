@@ -6,27 +6,17 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import SmallNet, loader, small_data
+from conftest import SmallNet, loader, quiet, small_data
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_qinit import QuantInitCallback
 from lightning_qinit.insertion import named_quantizers, quantized_layers
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers.*",
-    "ignore:.*no `val_dataloader`.*|.*defined a `validation_step` but have no.*",
-    "ignore:.*smaller than the logging interval.*",
-    "ignore:.*is deprecated, use `isinstance.treespec.*:FutureWarning",  # Lightning's own use of torch
-    "ignore:.*treespec.*",
     "ignore:.*overfit_batches.*|.*You requested to overfit.*",
     "ignore:This process .* is multi-threaded, use of fork.*:DeprecationWarning",
 )
-
-
-def quiet(**settings) -> QuantInitCallback:
-    return QuantInitCallback(**{"print_report": False, "calibration_batches": 3, **settings})
 
 
 class Records(SmallNet):

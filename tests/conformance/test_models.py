@@ -13,13 +13,6 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_qinit import QuantInitCallback, load_from_checkpoint
 from lightning_qinit.insertion import named_quantizers, quantized_layers
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers.*",
-    "ignore:.*smaller than the logging interval.*",
-    "ignore:.*is deprecated, use `isinstance.treespec.*:FutureWarning",  # Lightning's own use of torch
-    "ignore:.*treespec.*",
-)
-
 
 class Module(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:

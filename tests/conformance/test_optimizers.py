@@ -11,24 +11,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SmallNet, loader
+from conftest import SmallNet, loader, quiet
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedulers
 
 from lightning_qinit import QuantInitCallback
 from lightning_qinit.insertion import named_quantizers, quantized_layers
-
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers.*",
-    "ignore:.*no `val_dataloader`.*|.*defined a `validation_step` but have no.*",
-    "ignore:.*smaller than the logging interval.*",
-    "ignore:.*is deprecated, use `isinstance.treespec.*:FutureWarning",  # Lightning's own use of torch
-    "ignore:.*treespec.*",
-)
-
-
-def quiet(**settings) -> QuantInitCallback:
-    return QuantInitCallback(**{"print_report": False, "calibration_batches": 2, **settings})
 
 
 def learned(module: nn.Module) -> dict[str, Tensor]:

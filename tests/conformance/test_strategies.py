@@ -9,21 +9,12 @@ import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
-import pytest
 import torch
 from conftest import SmallNet, loader
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_qinit import QuantInitCallback
 from lightning_qinit.insertion import named_quantizers, quantized_layers
-
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers.*",
-    "ignore:.*no `val_dataloader`.*|.*defined a `validation_step` but have no.*",
-    "ignore:.*smaller than the logging interval.*",
-    "ignore:.*is deprecated, use `isinstance.treespec.*:FutureWarning",  # Lightning's own use of torch
-    "ignore:.*treespec.*",
-)
 
 HEAD = """
 import sys, warnings; sys.path.insert(0, {tests!r}); warnings.simplefilter("ignore")
