@@ -241,7 +241,7 @@ class QuantInitCallback(Callback):
         if self.quantities:
             self._monitor = Monitor(layers, self.quantities, self.log_costly_every, self._tracker)
             self._monitor.keep = frozenset(self._shown)
-            tensorboard.add_layout(tensorboard.writers(trainer), self.quantities)
+            tensorboard.add_layout(tensorboard.writers(trainer), self._monitor)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

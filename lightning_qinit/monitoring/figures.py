@@ -67,7 +67,7 @@ def _values(axes: Any, sample: Sample, levels: Tensor, chosen: Initial) -> None:
     axes.set_yscale("log")
     if len(levels) <= MOST_LEVELS:
         for level in levels.tolist():
-            axes.axvline(level, color="black", linewidth=0.6)
+            axes.axvline(level, color="black", linewidth=1)
     else:
         axes.axvspan(low, high, color="0.9", zorder=0)
     axes.set_xlabel("value / step")

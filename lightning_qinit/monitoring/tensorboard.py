@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from lightning_qinit.monitoring.monitor import Monitor
-from lightning_qinit.monitoring.quantities import PREFIXES, Quantity
+from lightning_qinit.monitoring.quantities import PREFIXES
 from lightning_qinit.monitoring.report import ReportRow, markdown_report
 
 
@@ -22,11 +22,13 @@ def writers(trainer: Trainer) -> list[Any]:
     return [logger.experiment for logger in loggers(trainer)] if trainer.is_global_zero else []
 
 
-def add_layout(writers: Sequence[Any], quantities: Sequence[Quantity]) -> None:
+def add_layout(writers: Sequence[Any], monitor: Monitor) -> None:
     """One chart per quantity over all quantizers, under Custom Scalars."""
+    offsets = any(quantizer.has_offset for quantizer in monitor.quantizers.values())
+    shown = [PREFIXES[quantity] for quantity in monitor.quantities if quantity != "offset" or offsets]
     layout = {
-        "weights": {PREFIXES[q]: ["Multiline", [rf"{PREFIXES[q]}/.*weight.*"]] for q in quantities},
-        "inputs": {PREFIXES[q]: ["Multiline", [rf"{PREFIXES[q]}/.*(input|query|key|value)"]] for q in quantities},
+        "weights": {prefix: ["Multiline", [rf"{prefix}/.*weight.*"]] for prefix in shown},
+        "inputs": {prefix: ["Multiline", [rf"{prefix}/.*\.(input|query|key|value)"]] for prefix in shown},
         "all": {"mean and worst error": ["Multiline", ["quant_error/mean", "quant_error/max"]]},
     }
     for writer in writers:
