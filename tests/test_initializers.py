@@ -299,7 +299,7 @@ class TestGuards:
         x = torch.randn(256, 9) * torch.rand(256, 1).add(0.1)
         levels, sample = uniform_levels(4, True), sample_of(x, 0)
         chosen = INITIALIZERS["optimal"](sample, levels)
-        assert chosen.note == "few values per channel: shaped by the whole tensor"
+        assert chosen.note == "few values per channel, shaped by the whole tensor"
         plain = optimal_scale(x, levels, channel_axis=0).scale
         moved = x + 0.3 * x.square().mean(1, keepdim=True).sqrt() * torch.randn(256, 9)  # as training does
         after = sample_of(moved, 0)

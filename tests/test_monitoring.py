@@ -66,3 +66,15 @@ def test_report_rows_are_what_the_tensors_say() -> None:
     text = format_report(list(rows.values()), ["unseen.weight"], ["table.weight"])
     assert all(len(line) <= 120 for line in text.splitlines())
     assert "unseen.weight" in text and "table.weight" in text
+
+
+@pytest.mark.parametrize("metric", [QuantizationError(), SignalToQuantizationNoiseRatio()], ids=["error", "sqnr"])
+def test_metrics_reset_and_plot(metric: QuantizationError) -> None:
+    pytest.importorskip("matplotlib").use("agg")
+    x = torch.randn(50)
+    first = metric(x + 0.1, x)
+    metric.reset()
+    assert float(metric(x + 0.1, x)) == float(first)
+    figure, axes = metric.plot([first, metric.compute()])
+    assert axes.lines
+    figure.clear()

@@ -37,7 +37,7 @@ def optimal(sample: Sample, levels: Tensor) -> Initial:
     if len(sample.values) > 1 and sample.values.shape[1] < FEW:
         data = _with_shape(sample)
     if data is not sample:
-        notes.append("few values per channel: shaped by the whole tensor")
+        notes.append("few values per channel, shaped by the whole tensor")
     step = solve_rows(data.values, data.weights, levels).scale
     if bool((levels == 0).any()):
         step, dead = _keep_alive(data, levels, step)

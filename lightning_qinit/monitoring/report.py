@@ -95,12 +95,16 @@ def markdown_report(rows: Sequence[ReportRow]) -> str:
 
 def remarks(rows: Sequence[ReportRow], unseen: Sequence[str] = (), left_float: Sequence[str] = ()) -> list[str]:
     """What the table does not say: what its columns are, where the signal is lost, what guards did, what is left."""
-    names = " and ".join(SHOWN)
-    lines = [f"error: squared error relative to the signal; then the same as a fraction of that of {names}."]
+    others = " and ".join(SHOWN)
+    lines = [f"error: squared error relative to the signal; then the same as a fraction of that of {others}."]
     lossy = [row for row in sorted(rows, key=lambda row: -row.error) if row.error > 0][:WORST]
     if lossy:
         lines.append("Most signal is lost in " + ", ".join(f"{row.name} ({row.sqnr_db:.1f} dB)" for row in lossy) + ".")
-    lines += [f"{row.name}: {row.note}." for row in rows if row.note]
+    notes: dict[str, list[str]] = {}
+    for row in rows:
+        if row.note:
+            notes.setdefault(row.note, []).append(row.name)
+    lines += [f"{note[0].upper()}{note[1:]}: {', '.join(names)}." for note, names in notes.items()]
     if unseen:
         lines.append(f"No data seen, left in float: {', '.join(unseen)}.")
     if left_float:
