@@ -120,7 +120,8 @@ def run_step(trainer: Trainer, batch: Any, batch_idx: int) -> Any:
 
 def overrides(module: LightningModule, hook: str) -> bool:
     """Whether a module has a hook of its own, in either Lightning package."""
-    return not getattr(module, hook).__module__.startswith(("lightning.pytorch.", "pytorch_lightning."))
+    defined_in = getattr(getattr(module, hook), "__module__", "")
+    return not defined_in.startswith(("lightning.pytorch.", "pytorch_lightning."))
 
 
 def pulls_batches_itself(module: LightningModule) -> bool:

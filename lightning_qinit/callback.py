@@ -231,7 +231,8 @@ class QuantInitCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrate, if there was no sanity check; prepare logging."""
         self._calibrate(trainer, pl_module)
-        vars(pl_module).pop("on_load_checkpoint", None)
+        for module in (pl_module, *_trainer.averaged_modules(trainer)):  # copies made since `setup` hold it too
+            vars(module).pop("on_load_checkpoint", None)
         layers = quantized_layers(pl_module)
         self._tracker = self._monitor = None
         if {"oscillation", "frozen"} & set(self.quantities) or self.freeze_oscillating is not None:

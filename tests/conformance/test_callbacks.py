@@ -51,6 +51,7 @@ def test_averaging_comes_after(make_trainer, name: str) -> None:
             twin = averaging._average_model
             twin = getattr(twin, "module", twin)
             copies.append(twin)
+            assert "on_load_checkpoint" not in vars(twin)
             for key, quantizer in quantizers(twin).items():
                 assert quantizer.is_calibrated, key
                 assert torch.equal(quantizer.step, quantizers(pl_module)[key].step), key
