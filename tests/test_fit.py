@@ -464,22 +464,24 @@ def test_weights_of_zero_start_at_the_size_they_will_have(make_trainer, per_chan
     assert bool((model.head.weight_quantizer(model.head.weight) != 0).any())
 
 
-def test_two_ranks_start_from_the_same_steps_as_one_process(make_trainer, tmp_path: Path) -> None:
+def test_two_ranks_start_from_the_same_steps_and_log_the_same_as_one_process(tmp_path: Path) -> None:
     script = f"""
 import sys, warnings; sys.path.insert(0, {str(Path(__file__).parent)!r}); warnings.simplefilter("ignore")
 import lightning.pytorch as pl, torch
 from conftest import SmallNet, loader
+from lightning.pytorch.loggers import CSVLogger
 from lightning_qinit import QuantInitCallback
 from lightning_qinit.insertion import quantized_layers
 ranks = int(sys.argv[1])
 pl.seed_everything(0)
 trainer = pl.Trainer(
-    accelerator="cpu", strategy="ddp" if ranks > 1 else "auto", devices=ranks, max_steps=3, logger=False,
+    accelerator="cpu", strategy="ddp" if ranks > 1 else "auto", devices=ranks, max_steps=3,
+    logger=CSVLogger(sys.argv[2], name="log", version=ranks), log_every_n_steps=1,
     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
     callbacks=[QuantInitCallback(weight_bits=3, calibration_batches=8, print_report=False)],
 )
 model = SmallNet()
-trainer.fit(model, loader(batch_size=16 // ranks, shuffle=False))
+trainer.fit(model, loader(batch_size=32 // ranks, shuffle=False))  # all of the data in a step
 torch.save(model.state_dict(), f"{{sys.argv[2]}}.{{ranks}}.{{trainer.global_rank}}")
 """
     file = tmp_path / "run.py"
@@ -491,6 +493,18 @@ torch.save(model.state_dict(), f"{{sys.argv[2]}}.{{ranks}}.{{trainer.global_rank
         assert torch.equal(value, second[name]) or "running" in name, name  # BatchNorm statistics are each rank's own
         if name.endswith("initial_step"):
             assert torch.allclose(value, one[name], rtol=1e-5), name
+    logged = []
+    for ranks in (1, 2):
+        with open(tmp_path / "state" / "log" / f"version_{ranks}" / "metrics.csv") as rows:
+            logged.append(next(row for row in csv.DictReader(rows) if row["quant_error/mean"]))
+    compared = 0
+    for name, value in logged[0].items():
+        # BatchNorm normalizes each rank's half by itself, so what comes after it differs
+        if name.startswith("quant") and value and (name.endswith(".weight") or name.endswith("stem.input")):
+            tolerance = 0.1 if name == "quant_step_to_optimal/stem.input" else 1e-4  # the mean of two halves' own
+            assert float(logged[1][name]) == pytest.approx(float(value), rel=tolerance, abs=1e-7), name
+            compared += 1
+    assert compared > 30
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ def publish_report(
     trainer: Trainer, rows: Sequence[ReportRow], unseen: Sequence[str], left_float: Sequence[str], printed: bool
 ) -> None:
     """Print the report, write it beside the run's logs, and give it to the loggers. On rank zero."""
+    folder = trainer.log_dir if trainer.loggers else None  # all ranks take part in finding it
     if not trainer.is_global_zero:
         return
     if printed and uses_rich(trainer):
@@ -48,8 +49,8 @@ def publish_report(
         console.print("\n".join(remarks(rows, unseen, left_float)), markup=False, highlight=False)
     elif printed:
         tqdm.write(format_report(rows, unseen, left_float))  # leaves an open progress bar in one piece
-    if trainer.loggers and trainer.log_dir is not None:
-        write_report(rows, Path(trainer.log_dir))
+    if folder is not None:
+        write_report(rows, Path(folder))
     tensorboard.add_report(tensorboard.writers(trainer), rows, "\n\n".join(remarks(rows, unseen, left_float)))
     for logger in trainer.loggers:
         kinds = {base.__name__ for base in type(logger).__mro__}
