@@ -306,13 +306,18 @@ def test_rich_table_beside_rich_callbacks(make_trainer, capsys) -> None:
 class Recorder(Logger):
     """Takes what any logger takes, and the tables of the two that have them."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: str | None = None) -> None:
         super().__init__()
+        self.folder = folder
         self.metrics: list[tuple[int | None, dict[str, float]]] = []
         self.tables: list[Any] = []
         self.run_id, self.experiment = "run", self
 
     name, version = "recorder", 0
+
+    @property
+    def save_dir(self) -> str | None:
+        return self.folder
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -328,12 +333,13 @@ class Recorder(Logger):
 
 
 @pytest.mark.parametrize("kind", ["WandbLogger", "MLFlowLogger", "Logger"])
-def test_other_loggers(make_trainer, kind: str) -> None:
-    logger = type(kind, (Recorder,), {})()
+def test_other_loggers(make_trainer, tmp_path, kind: str) -> None:
+    logger = type(kind, (Recorder,), {})(str(tmp_path))
     callback = quiet()
     make_trainer(callback, logger=logger, max_epochs=1, log_every_n_steps=2).fit(SmallNet(), loader())
     steps = [step for step, metrics in logger.metrics if "quant_error/mean" in metrics]
     assert steps == [1, 3]
+    assert (tmp_path / "recorder" / "version_0" / "quantization.csv").exists()
     if kind == "WandbLogger":
         (key, columns, data), *_ = logger.tables
         assert key == "quantization" and len(data) == 8 and len(data[0]) == len(columns)

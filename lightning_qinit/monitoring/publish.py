@@ -38,7 +38,6 @@ def publish_report(
     trainer: Trainer, rows: Sequence[ReportRow], unseen: Sequence[str], left_float: Sequence[str], printed: bool
 ) -> None:
     """Print the report, write it beside the run's logs, and give it to the loggers. On rank zero."""
-    folder = trainer.log_dir if trainer.loggers else None  # all ranks take part in finding it
     if not trainer.is_global_zero:
         return
     if printed and uses_rich(trainer):
@@ -49,8 +48,8 @@ def publish_report(
         console.print("\n".join(remarks(rows, unseen, left_float)), markup=False, highlight=False)
     elif printed:
         tqdm.write(format_report(rows, unseen, left_float))  # leaves an open progress bar in one piece
-    if folder is not None:
-        write_report(rows, Path(folder))
+    if (folder := _log_folder(trainer)) is not None:
+        write_report(rows, folder)
     tensorboard.add_report(tensorboard.writers(trainer), rows, "\n\n".join(remarks(rows, unseen, left_float)))
     for logger in trainer.loggers:
         kinds = {base.__name__ for base in type(logger).__mro__}
@@ -61,6 +60,20 @@ def publish_report(
         if "MLFlowLogger" in kinds:
             client: Any = logger
             client.experiment.log_text(client.run_id, markdown_report(rows), "quantization.md")
+
+
+def _log_folder(trainer: Trainer) -> Path | None:
+    """Where the run's logs are, as ``ModelCheckpoint`` sees it; ``None`` without a logger that has a folder.
+
+    (``trainer.log_dir`` is one folder for all runs with some loggers, and every rank would have to ask for it.)
+    """
+    for logger in trainer.loggers:
+        if (own := getattr(logger, "log_dir", None)) is not None:
+            return Path(own)
+        if logger.save_dir is not None:
+            version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+            return Path(logger.save_dir) / str(logger.name) / version
+    return None
 
 
 def publish_start_figures(
