@@ -1,6 +1,8 @@
 """Optimizers and schedulers: steps train exactly once, without weight decay, and no schedule is disturbed."""
 
 import copy
+import subprocess
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -193,6 +195,41 @@ def test_cli_optimizer_is_adopted_and_keeps_no_decay(make_trainer) -> None:
     make_trainer(quiet(), max_epochs=1).fit(model, loader())  # the same optimizer object again
     check_each_once(model, [optimizer])
     assert len(optimizer.param_groups) == 2
+
+
+CLI = """
+import sys, warnings; sys.path.insert(0, {tests!r}); warnings.simplefilter("ignore")
+import torch
+from conftest import SmallNet, loader
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.cli import LightningCLI
+import lightning_qinit
+
+class Data(LightningDataModule):
+    def train_dataloader(self):
+        return loader()
+
+del SmallNet.configure_optimizers  # the command line brings the optimizer and the scheduler
+cli = LightningCLI(SmallNet, Data)
+groups = cli.trainer.optimizers[0].param_groups
+print("groups", [(type(cli.trainer.optimizers[0]).__name__, g["weight_decay"], round(g["lr"], 6)) for g in groups])
+state = cli.model.state_dict()
+print("moved", all(bool((v != 1).any()) for name, v in state.items() if name.endswith("relative_step")))
+"""
+
+
+def test_optimizer_and_scheduler_from_the_command_line(tmp_path: Path) -> None:
+    script = tmp_path / "cli.py"
+    script.write_text(CLI.format(tests=str(Path(__file__).parent.parent)))
+    options = ["--trainer.callbacks+=QuantInitCallback", "--trainer.callbacks.step_lr_scale=0.5"]
+    options += ["--optimizer=AdamW", "--optimizer.lr=0.01", "--optimizer.weight_decay=0.2"]
+    options += ["--lr_scheduler=ExponentialLR", "--lr_scheduler.gamma=0.5"]
+    options += ["--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.logger=false"]
+    command = [sys.executable, str(script), "fit", *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "groups [('AdamW', 0.2, 0.0025), ('AdamW', 0.0, 0.00125)]" in done.stdout
+    assert "moved True" in done.stdout
 
 
 def test_an_optimizer_over_part_of_the_parameters(make_trainer) -> None:
