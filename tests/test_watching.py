@@ -417,6 +417,11 @@ def test_tensorboard_serves_codes_pictures_and_the_report(served) -> None:
     assert len(starts) == 3 and starts == ends
     histograms = {tag for tag in ask("plugin/histograms/tags")[RUN]}
     assert histograms == {f"quant_codes/{name}" for name in starts}
+    name = next(name for name in starts if name.endswith(".weight"))
+    weight = model.get_submodule(name.rpartition(".")[0]).weight
+    for _, _, buckets in ask("plugin/histograms/histograms", run=RUN, tag=f"quant_codes/{name}"):
+        assert (buckets[0][0], buckets[-1][1]) == (-2.5, 1.5)
+        assert sum(count for _, _, count in buckets) == pytest.approx(weight.numel())
     image = ask("plugin/images/images", run=RUN, tag=f"quant_start/{min(starts)}", sample=0)
     assert ask(f"plugin/images/individualImage?{image[0]['query']}&x=1".replace("?x=", "&x="))[:4] == b"\x89PNG"
     (text,) = ask("plugin/text/text", run=RUN, tag="quantization/text_summary")

@@ -32,7 +32,8 @@ def kl(sample: Sample, levels: Tensor) -> Tensor:
 
     A histogram of magnitudes in 2048 bins is cut at every multiple of a bin from the number of levels on; what lies
     beyond joins the last bin (P). The same without it is merged into as many bins as there are magnitudes and spread
-    over the nonempty ones (Q). The cut of least ``KL(P, Q)`` is the clip. Made for 8 bits.
+    over the nonempty ones (Q). The cut of least ``KL(P, Q)`` is the clip. Made for 8 bits, and slow per channel
+    (every cut of every channel: minutes for a large network).
     """
     require_uniform("kl", levels)
     require(bits_of(levels) >= 4, "kl", "at least 4 bits: below, the least divergence is at hardly any range", levels)

@@ -56,8 +56,8 @@ def add_codes(writers: Sequence[Any], monitor: Monitor, names: Sequence[str], st
         for writer in writers:
             writer.add_histogram_raw(
                 f"quant_codes/{name}",
-                min=level[0],
-                max=level[-1],
+                min=level[0] - (level[1] - level[0]) / 2,  # bars as wide as the others, so as high as they count
+                max=limits[-1],
                 num=sum(used),
                 sum=sum(c * n for c, n in zip(level, used, strict=True)),
                 sum_squares=sum(c * c * n for c, n in zip(level, used, strict=True)),
