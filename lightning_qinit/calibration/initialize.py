@@ -8,7 +8,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_qinit.calibration.allocate import allocate_bits
-from lightning_qinit.calibration.determinism import any_order
 from lightning_qinit.calibration.measure import Measures, measure
 from lightning_qinit.calibration.observe import Criterion, Observation
 from lightning_qinit.config import Role, shorten
@@ -296,23 +295,11 @@ def choose(
         for name in _free_weights(layers, {}):
             layers[name.rpartition(".")[0]].quant_config.check_widths(WIDTHS)
     observation = watch(layers, criterion)
-    with any_order():
-        return _choose(layers, watch, observation, sequential, average), observation
-
-
-def _choose(
-    layers: Mapping[str, QuantizedLayer],
-    watch: Watch,
-    observation: Observation,
-    sequential: bool,
-    average: float | None,
-) -> list[Start]:
-    criterion = observation.criterion
     bits = bits_at_ends(layers, observation)
     if average is not None:
         bits |= average_bits(layers, observation, average, bits)
     if not sequential:
-        return plan(layers, observation, bits)
+        return plan(layers, observation, bits), observation
     starts: list[Start] = []
     waiting = named_quantizers(layers)
     for name in list(observation.first_run):
@@ -327,7 +314,7 @@ def _choose(
             start.apply()
             starts.append(start)
         waiting = {full_name: quantizer for full_name, quantizer in waiting.items() if full_name not in now}
-    return starts
+    return starts, observation
 
 
 def warn_blind(starts: list[Start]) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_qinit.calibration.determinism import any_order
+from lightning_qinit.functional.determinism import any_order
 from lightning_qinit.functional.sample import Sample, float64_device
 
 MANTISSA_BITS = 9  # kept of float32's 23: a key is at most 2^-9 of its value wide

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_qinit.functional.bracket import coarse, fine, gather, nodes_per_row
+from lightning_qinit.functional.determinism import any_order
 from lightning_qinit.functional.levels import check_levels
 from lightning_qinit.functional.sweep import Rows, assign, best_in, outer_bracket, squared_error, total_breakpoints
 
@@ -84,6 +85,7 @@ def optimal_scale(
     return fit if channel_axis is not None else OptimalScale(*(v if v is levels else v[0] for v in fit))
 
 
+@any_order()
 def solve_rows(x: Tensor, w: Tensor, levels: Tensor) -> OptimalScale:
     """:func:`optimal_scale` on checked float64 rows: ``x`` and ``w`` are ``(rows, n)``, the result ``(rows,)``."""
     group = max(1, ROW_ELEMENTS // max(1, x.shape[1]))

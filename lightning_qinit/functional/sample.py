@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lightning_qinit.functional.determinism import any_order
 from lightning_qinit.functional.optimal import to_rows
 from lightning_qinit.functional.sweep import Rows, squared_error
 
@@ -69,6 +70,7 @@ class Sample:
         mean = self.mean(self.values)
         return self.mean((self.values - mean[:, None]).square()).sqrt()
 
+    @any_order()
     def quantile(self, share: float, magnitude: bool = False) -> Tensor:
         """The least value of each group (or magnitude) that at least ``share`` of its data do not exceed."""
         values, order = (self.values.abs() if magnitude else self.values).sort(dim=1)

@@ -22,8 +22,7 @@ def minmax_affine(sample: Sample, levels: Tensor) -> Initial:
 def percentile(sample: Sample, levels: Tensor) -> Tensor:
     """As ``minmax``, for the 99.9th percentile of the magnitude (all toolkits have it; none says which percentile).
 
-    No percentile suits all bit widths: on a rectified Gaussian, 99.9 costs 1.9 times the optimum's error at 2 bits,
-    1.03 times at 4 and 12 times at 8.
+    No percentile suits all bit widths: the more bits, the further out the best clip lies.
     """
     clip = sample.quantile(SHARE, magnitude=True)
     return _reach(torch.maximum(sample.minimum, -clip), torch.minimum(sample.maximum, clip), levels)
