@@ -142,10 +142,14 @@ def needs_every_gradient(trainer: Trainer) -> bool:
     )
 
 
+def is_a(thing: object, *names: str) -> bool:
+    """Whether something is of a class of one of these names: the twins in both Lightning packages have the same."""
+    return any(base.__name__ in names for base in type(thing).__mro__)
+
+
 def averaging_callbacks(trainer: Trainer) -> list[Callback]:
     """Callbacks that copy the module when they are set up (weight averaging), of either Lightning package."""
-    names = {"WeightAveraging", "StochasticWeightAveraging"}
-    return [c for c in callbacks(trainer) if names & {base.__name__ for base in type(c).__mro__}]
+    return [c for c in callbacks(trainer) if is_a(c, "WeightAveraging", "StochasticWeightAveraging")]
 
 
 def callbacks(trainer: Trainer) -> list[Callback]:
@@ -161,8 +165,7 @@ def averaged_modules(trainer: Trainer) -> list[nn.Module]:
 
 def uses_rich(trainer: Trainer) -> bool:
     """Whether one of Lightning's rich callbacks is in use."""
-    names = {base.__name__ for callback in callbacks(trainer) for base in type(callback).__mro__}
-    return bool(names & {"RichProgressBar", "RichModelSummary"})
+    return any(is_a(callback, "RichProgressBar", "RichModelSummary") for callback in callbacks(trainer))
 
 
 def schedulers(trainer: Trainer) -> list[Any]:

@@ -153,8 +153,8 @@ def _start(full_name: str, layers: Mapping[str, QuantizedLayer], observation: Ob
     levels = quantizer.level_set(bits, data.signed)
     sample, note = (data.weighted, data.note) if rule is optimal else (data.sample, "")
     chosen = initialize(rule, sample, levels, quantizer.has_offset, data.reach / float(levels.abs().max()))
-    note = "; ".join(filter(None, (note, chosen.note)))
     measures = measure(data.sample, levels, chosen)
+    note = "; ".join(filter(None, (note, chosen.note)))
     return Start(name, what, quantizer, bits, data.signed, chosen.step, measures, chosen.offset, note)
 
 

@@ -84,24 +84,25 @@ def affine_error(sample: Sample, levels: Tensor, scale: Tensor, offset: Tensor |
 
 
 def _over_zero_points(sample: Sample, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of least error, each ``(groups,)``."""
     count = len(levels)
     stride = max(1, count // ALL_ZERO_POINTS)
     nothing = torch.full_like(sample.minimum, torch.inf)
-    best = (torch.ones_like(nothing), torch.zeros_like(nothing), nothing)
+    scale, best, error = torch.ones_like(nothing), torch.zeros_like(nothing), nothing
     tried: set[int] = set()
     candidates = [*range(0, count, stride), count // 2]
     while True:
         for zero_point in set(candidates) - tried:
             level = levels[zero_point]
             fit = solve_rows(sample.values, sample.weights, levels - level)
-            new = (fit.scale, level.expand_as(fit.scale), fit.error)
-            better = fit.error < best[2]
-            best = tuple(torch.where(better, n, o) for n, o in zip(new, best, strict=True))  # type: ignore[assignment]
+            better = fit.error < error
+            scale, best = torch.where(better, fit.scale, scale), torch.where(better, level, best)
+            error = torch.where(better, fit.error, error)
         tried.update(candidates)
         if stride == 1:
-            return best[0], best[1]
+            return scale, best
         stride //= 2
-        index = torch.bucketize(best[1], levels)
+        index = torch.bucketize(best, levels)
         candidates = [int(i) for i in torch.cat((index - stride, index + stride)).unique() if 0 <= i < count]
 
 

@@ -14,7 +14,8 @@ def whole(tensor: Tensor) -> Tensor:
 def copy_whole(target: Tensor, values: Tensor) -> None:
     """Copy all values into a tensor, into each rank's part of it if it is spread over ranks."""
     if hasattr(target, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
+        from torch.distributed.tensor import DTensor, distribute_tensor  # not in every build of torch
 
-        values = distribute_tensor(values, target.device_mesh, target.placements)  # type: ignore[attr-defined]
+        assert isinstance(target, DTensor)
+        values = distribute_tensor(values, target.device_mesh, target.placements)
     target.copy_(values)

@@ -67,18 +67,17 @@ AFFINE: dict[Initializer, Callable[[Sample, Tensor], Initial]] = {
 
 def _answered(chosen: Tensor | Initial, sample: Sample, levels: Tensor, other: Initializer) -> Initial:
     """Where a rule gives no step though there is data (a quantile of sparse data, a range of one value), another's."""
-    initial = chosen if isinstance(chosen, Initial) else Initial(chosen)
+    initial = Initial.of(chosen)
     missing = ~(initial.step.isfinite() & (initial.step > 0)) & (sample.energy > 0)
     if not missing.any():
         return initial
-    second = other(sample, levels)
-    second = second if isinstance(second, Initial) else Initial(second)
+    second = Initial.of(other(sample, levels))
     step = torch.where(missing, second.step, initial.step)
     offset = initial.offset
     if offset is not None and second.offset is not None:
         offset = torch.where(missing, second.offset, offset)
     note = f"the rule gives no step for {int(missing.sum())} of {len(step)} groups, which take another's"
-    return Initial(step, offset, "; ".join(filter(None, (initial.note, note))))
+    return Initial(step, offset, initial.note).noted(note)
 
 
 def initialize(

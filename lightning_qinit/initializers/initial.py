@@ -21,6 +21,15 @@ class Initial(NamedTuple):
     offset: Tensor | None = None
     note: str = ""
 
+    @classmethod
+    def of(cls, chosen: "Tensor | Initial") -> "Initial":
+        """What an initializer returned, which may be the step alone."""
+        return chosen if isinstance(chosen, Initial) else cls(chosen)
+
+    def noted(self, note: str) -> "Initial":
+        """The same with a further note."""
+        return self._replace(note="; ".join(filter(None, (self.note, note))))
+
 
 def usable(chosen: Tensor | Initial, sample: Sample, fallback: float = 1.0) -> Initial:
     """Give every group a positive, finite step, whatever its data.
@@ -29,7 +38,7 @@ def usable(chosen: Tensor | Initial, sample: Sample, fallback: float = 1.0) -> I
     negative or not finite, takes the largest step of the other groups, and ``fallback`` if there is none; its offset
     is 0.
     """
-    initial = chosen if isinstance(chosen, Initial) else Initial(chosen)
+    initial = Initial.of(chosen)
     step, offset = initial.step, initial.offset
     good = step.isfinite() & (step > 0) & (sample.energy > 0)
     if good.all():
@@ -37,8 +46,5 @@ def usable(chosen: Tensor | Initial, sample: Sample, fallback: float = 1.0) -> I
     bad = int((~good).sum())
     note = f"{bad} of {len(good)} channels without data" if good.any() else "no nonzero data"
     replacement = step[good].max() if good.any() else torch.full_like(step[0], fallback)
-    return Initial(
-        torch.where(good, step, replacement),
-        None if offset is None else torch.where(good, offset, 0.0),
-        "; ".join(filter(None, (initial.note, note))),
-    )
+    repaired = torch.where(good, step, replacement), None if offset is None else torch.where(good, offset, 0.0)
+    return Initial(*repaired, initial.note).noted(note)

@@ -10,8 +10,8 @@ from lightning_qinit.quantizers import Quantizer
 
 def normalized(quantizer: Quantizer, x: Tensor) -> Tensor:
     """Values in units of the step, from the offset."""
-    if quantizer.has_offset:
-        x = x - broadcast_channels(quantizer.offset.detach(), x, quantizer.channel_axis)  # type: ignore[operator]
+    if quantizer.offset is not None:
+        x = x - broadcast_channels(quantizer.offset.detach(), x, quantizer.channel_axis)
     return x / broadcast_channels(quantizer.step.detach(), x, quantizer.channel_axis)
 
 

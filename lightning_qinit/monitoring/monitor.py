@@ -201,7 +201,7 @@ def _cells(v: Tensor, levels: Tensor) -> Tensor:
 def _state(quantizer: Quantizer) -> Tensor:
     """Step, drift and offset: the means over channels."""
     step = quantizer.step.detach()
-    offset = quantizer.offset.detach() if quantizer.has_offset else torch.zeros_like(step)  # type: ignore[operator]
+    offset = torch.zeros_like(step) if quantizer.offset is None else quantizer.offset.detach()
     return torch.stack((step.mean(), (step / quantizer.initial_step).mean(), offset.mean()))
 
 

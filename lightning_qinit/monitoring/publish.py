@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from tqdm.auto import tqdm
 
-from lightning_qinit._trainer import uses_rich
+from lightning_qinit._trainer import is_a, uses_rich
 from lightning_qinit.calibration import Observation, Start
 from lightning_qinit.calibration.initialize import data_of
 from lightning_qinit.functional.sample import Sample
@@ -51,15 +51,14 @@ def publish_report(
     if (folder := _log_folder(trainer)) is not None:
         write_report(rows, folder)
     tensorboard.add_report(tensorboard.writers(trainer), rows, "\n\n".join(remarks(rows, unseen, left_float)))
+    logger: Any  # what these two have beyond any logger
     for logger in trainer.loggers:
-        kinds = {base.__name__ for base in type(logger).__mro__}
-        if "WandbLogger" in kinds:
+        if is_a(logger, "WandbLogger"):
             columns = ["quantizer", "bits", "step", "error", "clipped"]
             data = [[row.name, row.bits, row.step, row.error, row.clipped] for row in rows]
-            logger.log_table("quantization", columns=columns, data=data)  # type: ignore[attr-defined]
-        if "MLFlowLogger" in kinds:
-            client: Any = logger
-            client.experiment.log_text(client.run_id, markdown_report(rows), "quantization.md")
+            logger.log_table("quantization", columns=columns, data=data)
+        if is_a(logger, "MLFlowLogger"):
+            logger.experiment.log_text(logger.run_id, markdown_report(rows), "quantization.md")
 
 
 def _log_folder(trainer: Trainer) -> Path | None:
@@ -107,7 +106,7 @@ def publish_end_figures(
             continue
         steps = quantizer.step.detach().double()
         chosen = steps if len(steps) == 1 else steps[channels(len(steps)).to(steps.device)]
-        offset = quantizer.offset.detach().double() if quantizer.has_offset else None  # type: ignore[operator]
+        offset = None if quantizer.offset is None else quantizer.offset.detach().double()
         sample = Sample.of_tensor(values, 0)
         _add_figure(writers, f"quant_end/{name}", sample, quantizer.levels, Initial(chosen, offset), step)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from lightning_qinit._trainer import is_a
 from lightning_qinit.monitoring.monitor import Monitor
 from lightning_qinit.monitoring.quantities import PREFIXES
 from lightning_qinit.monitoring.report import ReportRow, markdown_report
@@ -12,9 +13,7 @@ from lightning_qinit.monitoring.report import ReportRow, markdown_report
 
 def loggers(trainer: Trainer) -> list[Any]:
     """A trainer's TensorBoard loggers, of either Lightning package."""
-    return [
-        logger for logger in trainer.loggers if "TensorBoardLogger" in {base.__name__ for base in type(logger).__mro__}
-    ]
+    return [logger for logger in trainer.loggers if is_a(logger, "TensorBoardLogger")]
 
 
 def writers(trainer: Trainer) -> list[Any]:

@@ -129,6 +129,11 @@ class Quantizer(nn.Module, ABC):
         return relative(whole(self.relative_step), 0 * initial, initial, 1 / MAX_DRIFT, MAX_DRIFT, default=1.0)
 
     @property
+    def offset(self) -> Tensor | None:
+        """The offset in use, ``(channels,)``; ``None`` for quantizers without one."""
+        return None
+
+    @property
     def active(self) -> bool:
         """Whether ``forward`` quantizes: calibrated, and not switched off by ``enabled = False``."""
         return self.enabled and self.is_calibrated
@@ -148,8 +153,8 @@ class Quantizer(nn.Module, ABC):
 
     def _elements_per_step(self, x: Tensor, samples: int | None) -> int:
         if samples is None:  # values of fewer axes are a single sample
-            single = self.batch_axis is None or x.dim() < self.batch_axis + 2
-            samples = 1 if single else max(1, x.shape[self.batch_axis])  # type: ignore[index]
+            axis = self.batch_axis
+            samples = 1 if axis is None or x.dim() < axis + 2 else max(1, x.shape[axis])
         return max(1, x.numel() // (samples * self.initial_step.numel()))
 
     @torch.no_grad()

@@ -35,7 +35,15 @@ class LSQ(Quantizer, name="lsq"):
 
     def quantize(self, x: Tensor, scale: Tensor, elements: int) -> Tensor:
         """See the class."""
-        low, high = uniform_range(self.n_bits, self.is_signed, self.narrow_range)
-        gradient_scale = (elements * high) ** -0.5
+        _, high = self.code_range
+        return self.round(x, scale, gradient_scale=(elements * high) ** -0.5)
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """The lowest and the highest integer."""
+        return uniform_range(self.n_bits, self.is_signed, self.narrow_range)
+
+    def round(self, x: Tensor, scale: Tensor, gradient_scale: float, learns_rounding: bool = True) -> Tensor:
+        """Round to the integers, with a gradient to the step as ``round_to_levels`` has it."""
         binary = binary_table(x) if self.n_bits == 1 and self.is_signed else None
-        return round_to_levels(x, scale, low, high, gradient_scale, binary)
+        return round_to_levels(x, scale, *self.code_range, gradient_scale, binary, learns_rounding)

@@ -45,18 +45,20 @@ class LSQPlus(LSQ, name="lsq+"):
         return uniform_levels(bits, signed and not self.has_offset, self.narrow_range)
 
     @property
-    def offset(self) -> Tensor:
-        """The offset in use, ``(1,)``: within 2^16 initial steps of where it started."""
+    def offset(self) -> Tensor | None:
+        """The offset in use, ``(1,)``: within 2^16 initial steps of where it started; ``None`` for weights."""
+        if not self.has_offset:
+            return None
         return relative(
             whole(self.relative_offset), self.initial_offset, self.initial_step, -MAX_DRIFT, MAX_DRIFT, default=0.0
         )
 
     def quantize(self, x: Tensor, scale: Tensor, elements: int) -> Tensor:
         """See the class."""
-        if not self.has_offset:
+        offset = self.offset
+        if offset is None:
             return super().quantize(x, scale, elements)
         gradient_scale = (elements * float(2**self.n_bits - 1)) ** -0.5
-        offset = self.offset
         shift = offset * gradient_scale  # only the gradient is scaled: the next line puts the value back
         shift = broadcast_channels(shift + (offset - shift).detach(), x, self.channel_axis)
         return super().quantize(x - shift, scale, elements) + shift

@@ -2,9 +2,7 @@
 
 from torch import Tensor
 
-from lightning_qinit.functional.levels import uniform_range
 from lightning_qinit.quantizers.lsq import LSQ
-from lightning_qinit.quantizers.straight_through import binary_table, round_to_levels
 
 
 class PACT(LSQ, name="pact"):
@@ -18,6 +16,5 @@ class PACT(LSQ, name="pact"):
 
     def quantize(self, x: Tensor, scale: Tensor, elements: int) -> Tensor:
         """See the class."""
-        low, high = uniform_range(self.n_bits, self.is_signed, self.narrow_range)
-        binary = binary_table(x) if self.n_bits == 1 and self.is_signed else None
-        return round_to_levels(x, scale, low, high, high**-2.0, binary, learns_rounding=False)
+        _, high = self.code_range
+        return self.round(x, scale, gradient_scale=high**-2.0, learns_rounding=False)
