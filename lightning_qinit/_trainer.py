@@ -173,6 +173,11 @@ def schedulers(trainer: Trainer) -> list[Any]:
     return [config.scheduler for config in trainer.lr_scheduler_configs]
 
 
+def is_dry_run(trainer: Trainer) -> bool:
+    """Whether this is a ``fast_dev_run``."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set by its connector
+
+
 def spawns(trainer: Trainer) -> bool:
     """Whether this process was started by the one that holds the user's module, and works on a copy of it."""
     return type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher"

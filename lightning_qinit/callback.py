@@ -39,6 +39,7 @@ from lightning_qinit.monitoring import (
 from lightning_qinit.monitoring.oscillation import Tracker, damp
 from lightning_qinit.monitoring.publish import publish_end_figures, publish_report, publish_start_figures, worst
 from lightning_qinit.quantizers import Quantizer
+from lightning_qinit.quantizers.kernels import Kernels, check_kernels
 
 
 class QuantInitCallback(Callback):
@@ -100,6 +101,9 @@ class QuantInitCallback(Callback):
             et al., ICML 2022); 0 for none.
         freeze_oscillating: freeze weights whose integer flips back and forth at more than this rate (same source), such
             as 0.01; ``None`` freezes none.
+        kernels: ``"auto"`` runs quantizers as kernels of ``torch.compile``, several times faster than as a chain of
+            operations, on large tensors and where a compiler is found (the first run compiles for some seconds; a
+            ``fast_dev_run`` does not); ``"compiled"`` always, and fails where it cannot; ``"eager"`` never.
         print_report: whether to print the table of steps and errors after calibration.
 
     Attributes:
@@ -136,6 +140,7 @@ class QuantInitCallback(Callback):
         log_figures: int = 8,
         damp_oscillation: float = 0.0,
         freeze_oscillating: float | None = None,
+        kernels: Kernels = "auto",
         print_report: bool = True,
     ) -> None:
         default = LayerConfig(
@@ -173,6 +178,7 @@ class QuantInitCallback(Callback):
         self.damp_oscillation, self.freeze_oscillating = damp_oscillation or 0.0, freeze_oscillating
         self.quantities = choose_quantities(log_quantizers)
         self.log_costly_every, self.log_figures = log_costly_every, log_figures
+        self.kernels = check_kernels(kernels)
         self.print_report = print_report
         self.report: list[ReportRow] = []
         self._shown: list[str] = []  # the quantizers that there are pictures of
@@ -196,7 +202,8 @@ class QuantInitCallback(Callback):
         self._check_before_loading(trainer, pl_module)
         self._calibrates = stage == "fit"
         builds_late = _trainer.overrides(pl_module, "setup") or _trainer.overrides(pl_module, "configure_model")
-        self._insert(pl_module, complete=not builds_late)
+        kernels: Kernels = "eager" if _trainer.is_dry_run(trainer) else self.kernels
+        self._insert(pl_module, kernels, complete=not builds_late)
         if not builds_late:
             return
         configure_model = pl_module.configure_model
@@ -205,7 +212,7 @@ class QuantInitCallback(Callback):
             # once is enough, and a copy of the module must not carry a function of the original
             vars(pl_module).pop("configure_model", None)
             configure_model()
-            self._insert(pl_module)
+            self._insert(pl_module, kernels)
 
         # layers built in the module's own `setup` or `configure_model` do not exist yet
         vars(pl_module)["configure_model"] = configure_model_then_insert
@@ -387,11 +394,13 @@ class QuantInitCallback(Callback):
 
         vars(pl_module)["on_load_checkpoint"] = check_then_load
 
-    def _insert(self, pl_module: LightningModule, complete: bool = True) -> None:
+    def _insert(self, pl_module: LightningModule, kernels: Kernels, complete: bool = True) -> None:
         try:
-            insert(pl_module, self.config, complete)
+            layers = insert(pl_module, self.config, complete)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
+        for quantizer in named_quantizers(layers).values():
+            quantizer.kernels = kernels
 
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._calibrates:

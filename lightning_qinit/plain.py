@@ -15,14 +15,16 @@ from lightning_qinit.calibration import (
     warn_blind,
 )
 from lightning_qinit.config import CalibrationConfig, LayerConfig, QuantConfig
-from lightning_qinit.insertion import insert, quantized_layers
+from lightning_qinit.insertion import insert, named_quantizers, quantized_layers
 from lightning_qinit.monitoring import ReportRow, make_row
+from lightning_qinit.quantizers.kernels import Kernels, check_kernels
 
 
 def prepare(
     module: nn.Module,
     skip: Sequence[str] = (),
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    kernels: Kernels = "auto",
     **settings: Any,
 ) -> nn.Module:
     """Insert quantizers into a module, in place. Build the optimizer afterwards, so that it trains the steps.
@@ -31,6 +33,8 @@ def prepare(
         module: any module.
         skip: glob patterns of layer names to leave in float.
         overrides: glob patterns of layer names to settings that differ there.
+        kernels: whether quantizers run as kernels of ``torch.compile``, as in
+            :class:`~lightning_qinit.QuantInitCallback`.
         **settings: ``weight_bits``, ``activation_bits``, ``quantizer`` and ``initializer`` (also with ``weight_`` or
             ``activation_`` before them), ``per_channel`` and ``first_last_bits``, as in
             :class:`~lightning_qinit.QuantInitCallback`.
@@ -41,7 +45,10 @@ def prepare(
     Raises:
         ValueError: if a setting is out of range, a pattern matches no layer, or there is nothing to quantize.
     """
-    insert(module, QuantConfig(LayerConfig(**settings), skip=skip, overrides=overrides or {}))
+    check_kernels(kernels)
+    layers = insert(module, QuantConfig(LayerConfig(**settings), skip=skip, overrides=overrides or {}))
+    for quantizer in named_quantizers(layers).values():
+        quantizer.kernels = kernels
     return module
 
 

@@ -18,12 +18,12 @@ class MidRise(Quantizer):
             return torch.arange(2**bits, dtype=torch.float64)
         return torch.arange(2**bits, dtype=torch.float64) - (2**bits - 1) / 2
 
-    def quantize(self, x: Tensor, scale: Tensor, elements: int) -> Tensor:
+    def quantize(self, x: Tensor, scale: Tensor, elements: int, dtype: torch.dtype) -> Tensor:
         levels = self.levels
         low, high, shift = float(levels[0]), float(levels[-1]), 0.5 * self.is_signed
         v = (x / scale).clamp(low - self.margin, high + self.margin)
         code = ((v - shift).round() + shift).clamp(low, high)
-        return (v + (code - v).detach()) * scale
+        return ((v + (code - v).detach()) * scale).to(dtype)
 
 
 def three_deviations(sample: Sample, levels: Tensor) -> Tensor:

@@ -7,11 +7,10 @@ from lightning_qinit.functional.levels import check_levels, thresholds
 
 
 def broadcast_channels(values: Tensor, x: Tensor, channel_axis: int | None) -> Tensor:
-    """Shape one value per channel, ``(channels,)`` or ``(1,)``, so that it broadcasts against ``x``."""
-    if channel_axis is None or values.numel() == 1:
-        return values.reshape(())
+    """Shape one value per channel, ``(channels,)`` or ``(1,)``, so that it broadcasts against ``x``, axis by axis."""
     shape = [1] * x.dim()
-    shape[channel_axis] = -1
+    if channel_axis is not None and values.numel() > 1:
+        shape[channel_axis] = -1
     return values.reshape(shape)
 
 

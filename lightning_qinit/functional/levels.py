@@ -70,7 +70,11 @@ def thresholds(levels: Tensor) -> Tensor:
     return (levels[1:] + levels[:-1]) / 2
 
 
+def is_run(levels: Tensor) -> bool:
+    """Whether the levels are consecutive integers."""
+    return bool((levels == levels.round()).all()) and bool((levels.diff() == 1).all())
+
+
 def is_uniform(levels: Tensor) -> bool:
     """Whether the levels are consecutive integers, or the pair ``-1, 1``."""
-    integers = bool((levels == levels.round()).all())
-    return integers and (bool((levels.diff() == 1).all()) or levels.tolist() == [-1, 1])
+    return is_run(levels) or levels.tolist() == [-1, 1]

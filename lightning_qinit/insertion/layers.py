@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_qinit.config import LayerConfig
 from lightning_qinit.quantizers import Quantizer
+from lightning_qinit.quantizers.recompute import recomputed
 
 
 class QuantizedLayer(nn.Module):
@@ -82,19 +83,28 @@ class QuantizedLayer(nn.Module):
         """All that there are, those of weights first."""
         return self.weight_quantizers() | self.input_quantizers()
 
-    def quantize_weight(self, weight: Tensor, name: str = "weight") -> Tensor:
-        """A weight as it is used: quantized, or as it is if weights stay in float."""
-        return _quantize(self.weight_quantizer, weight, name)
+    def quantize_weight(self, weight: Tensor, name: str = "weight", dtype: torch.dtype | None = None) -> Tensor:
+        """A weight as it is used: quantized, or as it is if weights stay in float.
 
-    def quantize_input(self, x: Tensor, name: str = "input", samples: int | None = None) -> Tensor:
+        Args:
+            weight: the weight.
+            name: its name, in layers with several.
+            dtype: of the quantized weight; ``None``: its own.
+        """
+        return _quantize(self.weight_quantizer, weight, name, dtype=dtype)
+
+    def quantize_input(
+        self, x: Tensor, name: str = "input", samples: int | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """An input as it is used: quantized, or as it is if inputs stay in float.
 
         Args:
             x: the input.
             name: one of ``inputs``.
             samples: how many samples it holds, where that is not the size of its batch axis.
+            dtype: of the quantized input; ``None``: its own.
         """
-        return _quantize(self.input_quantizer, x, name, samples)
+        return _quantize(self.input_quantizer, x, name, samples, dtype)
 
 
 def _by_name(held: Quantizer | nn.ModuleDict | None, role: str) -> dict[str, Quantizer]:
@@ -103,9 +113,15 @@ def _by_name(held: Quantizer | nn.ModuleDict | None, role: str) -> dict[str, Qua
     return {} if held is None else {role: held}
 
 
-def _quantize(held: Quantizer | nn.ModuleDict | None, x: Tensor, name: str, samples: int | None = None) -> Tensor:
+def _quantize(
+    held: Quantizer | nn.ModuleDict | None,
+    x: Tensor,
+    name: str,
+    samples: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     quantizer = held[name] if isinstance(held, nn.ModuleDict) else held
-    return x if quantizer is None else quantizer(x, samples)
+    return x if quantizer is None else quantizer(x, samples, dtype)
 
 
 class _OneWeight(QuantizedLayer):
@@ -116,36 +132,39 @@ class _OneWeight(QuantizedLayer):
         return True
 
     def quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The quantized input and the quantized weight."""
-        return self.quantize_input(x), self.quantize_weight(self.weight)
+        """The quantized input and the quantized weight, in the dtype that autocast would cast them to."""
+        device = x.device.type
+        dtype = None
+        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        return self.quantize_input(x, dtype=dtype), self.quantize_weight(self.weight, dtype=dtype)
 
 
 class QuantLinear(_OneWeight, nn.Linear):
     float_class = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(*self.quantized(input), self.bias)
+        return recomputed(F.linear, *self.quantized(input), self.bias)
 
 
-class QuantConv1d(_OneWeight, nn.Conv1d):
+class _QuantConv(_OneWeight, _ConvNd):
+    def forward(self, input: Tensor) -> Tensor:
+        x, weight = self.quantized(input)
+        if self.padding_mode != "zeros":  # what is convolved, and kept, is a padded copy
+            return self._conv_forward(x, weight, self.bias)
+        return recomputed(self._conv_forward, x, weight, self.bias)
+
+
+class QuantConv1d(_QuantConv, nn.Conv1d):
     float_class = nn.Conv1d
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(*self.quantized(input), self.bias)
 
-
-class QuantConv2d(_OneWeight, nn.Conv2d):
+class QuantConv2d(_QuantConv, nn.Conv2d):
     float_class = nn.Conv2d
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(*self.quantized(input), self.bias)
 
-
-class QuantConv3d(_OneWeight, nn.Conv3d):
+class QuantConv3d(_QuantConv, nn.Conv3d):
     float_class = nn.Conv3d
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(*self.quantized(input), self.bias)
 
 
 class _QuantConvTranspose(_OneWeight, _ConvTransposeNd):
@@ -164,9 +183,9 @@ class _QuantConvTranspose(_OneWeight, _ConvTransposeNd):
             dims,
             self.dilation,  # type: ignore[arg-type]
         )
-        x, weight = self.quantized(input)
+        settings = self.stride, self.padding, output_padding, self.groups, self.dilation
         convolve = type(self).convolve
-        return convolve(x, weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation)
+        return recomputed(lambda x, w, bias: convolve(x, w, bias, *settings), *self.quantized(input), self.bias)
 
 
 class QuantConvTranspose1d(_QuantConvTranspose, nn.ConvTranspose1d):

@@ -9,10 +9,10 @@ from lightning_qinit.quantizers import Quantizer
 
 
 def normalized(quantizer: Quantizer, x: Tensor) -> Tensor:
-    """Values in units of the step, from the offset."""
+    """Values in units of the step, from the offset, as the quantizer computes them."""
     if quantizer.offset is not None:
         x = x - broadcast_channels(quantizer.offset.detach(), x, quantizer.channel_axis)
-    return x / broadcast_channels(quantizer.step.detach(), x, quantizer.channel_axis)
+    return x * broadcast_channels(quantizer.step.detach(), x, quantizer.channel_axis).reciprocal()
 
 
 def codes_of(quantizer: Quantizer, x: Tensor) -> Tensor:

@@ -2,13 +2,14 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_qinit.functional.levels import apot_levels
-from lightning_qinit.quantizers.nonuniform import NonUniform
+from lightning_qinit.quantizers.base import Quantizer
 
 
-class APoT(NonUniform, name="apot"):
+class APoT(Quantizer, name="apot"):
     """Levels that are sums of powers of two, denser near zero, times a learned clipping scale (the step).
 
     The greatest level is 1, so the step is the paper's ``alpha``. Backward (section 2.3): ``alpha`` receives the sign
@@ -36,5 +37,6 @@ class APoT(NonUniform, name="apot"):
         """The normalized weight, or ``x``."""
         if not self.normalize:
             return x
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         centred = x - x.mean()
         return centred / centred.square().mean().clamp(min=1e-30).sqrt()  # a constant weight becomes 0

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qinit.functional.fake_quantize import broadcast_channels
+from lightning_qinit.functional.levels import is_run
 from lightning_qinit.functional.sharded import copy_whole, whole
+from lightning_qinit.quantizers.kernels import Kernels
 from lightning_qinit.quantizers.relative import relative
+from lightning_qinit.quantizers.straight_through import Rounding, round_to_levels
 
 # A step may move this far from where it started, either way. Steps of trained networks move by tens of percent
 # (LSQ, section 3.5), so the bounds only catch a step that ran away.
@@ -24,14 +27,15 @@ class Quantizer(nn.Module, ABC):
     :func:`~lightning_qinit.quantizers.relative.relative`) and the buffers ``initial_step``, ``calibrated``, ``signed``
     and ``bits``. All keep float32 whatever precision the module is cast to.
 
-    A subclass names itself and states its levels and its gradient::
+    A subclass names itself and states its levels::
 
         class Ternary(Quantizer, name="ternary"):
             def level_set(self, bits, signed):
                 return torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)
 
-            def quantize(self, x, scale, elements):
-                ...
+    Its gradients are LSQ's, level by level: with ``v = x / s`` the gradient to ``x`` passes between the outer levels;
+    the step receives ``level - v`` there and the outer level beyond. Override :meth:`gradient_scale` for another factor
+    on the latter, and :meth:`quantize` for other gradients.
 
     Args:
         bits: 1 to 8.
@@ -46,12 +50,15 @@ class Quantizer(nn.Module, ABC):
     name: ClassVar[str]
     has_offset: bool = False
     """Whether the points are ``scale * levels + offset``, and the offset is learned."""
+    learns_rounding: ClassVar[bool] = True
+    """Whether the step receives ``level - v`` between the outer levels, or nothing."""
 
     relative_step: nn.Parameter
     initial_step: Tensor
     calibrated: Tensor
     signed: Tensor
     bits: Tensor
+    points: Tensor
 
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -71,6 +78,7 @@ class Quantizer(nn.Module, ABC):
         super().__init__()
         self.channel_axis, self.batch_axis = channel_axis, batch_axis
         self.enabled = True
+        self.kernels: Kernels = "auto"
         self._settings = (bool(signed), int(bits))
         self.relative_step = nn.Parameter(torch.empty(channels, dtype=torch.float32, device=device))
         # flags are integers, since callbacks that average weights subtract buffers, and bools cannot be subtracted
@@ -97,21 +105,44 @@ class Quantizer(nn.Module, ABC):
     def _remember(self, calibrated: bool, signed: bool, bits: int) -> None:
         """Python twins of the buffers: forward must not read tensors, which would synchronize with the device."""
         self.is_calibrated, self.is_signed, self.n_bits = calibrated, signed, bits
+        levels = self.level_set(bits, signed)
+        self.low, self.high, self.positive = float(levels[0]), float(levels[-1]), int((levels > 0).sum())
+        self.uniform = is_run(levels)
+        points = levels[[0, -1]] if self.uniform else levels
+        self.register_buffer("points", points.to(self.initial_step), persistent=False)
 
     @abstractmethod
     def level_set(self, bits: int, signed: bool) -> Tensor:
         """The levels at step 1: sorted, 1-D, float64."""
 
-    @abstractmethod
-    def quantize(self, x: Tensor, scale: Tensor, elements: int) -> Tensor:
-        """Quantize float32 (or float64) values, with the method's gradients.
+    def gradient_scale(self, elements: int) -> float:
+        """A factor on the gradients of step and offset.
+
+        It makes the outermost point ``s c_max`` move as fast as the ``s Qp`` of LSQ does, ``Qp`` the number of positive
+        levels: ``Qp^1.5 / (c_max^2 sqrt(N))``.
 
         Args:
-            x: the values.
-            scale: the step, shaped to broadcast against ``x``.
+            elements: ``N``, how many values share one step (per sample, for activations).
+        """
+        return max(1, self.positive) ** 1.5 / max(-self.low, self.high) ** 2 * elements**-0.5
+
+    def quantize(self, x: Tensor, scale: Tensor, elements: int, dtype: torch.dtype) -> Tensor:
+        """Quantize values, with the method's gradients.
+
+        Args:
+            x: the values, in their own dtype.
+            scale: the step in float32. It has as many axes as ``x``, so that ``x / scale`` is in float32 at least.
             elements: how many values of ``x`` share one step (per sample, for activations): the ``N`` of LSQ's
                 gradient scale.
+            dtype: of the result.
         """
+        offset = self.offset
+        if offset is not None:
+            offset = broadcast_channels(offset, x, self.channel_axis)
+        points = self.points if x.dtype != torch.float64 or self.uniform else self.levels.to(x)
+        scaling = self.gradient_scale(elements)
+        rounding = Rounding(self.uniform, self.learns_rounding, scaling, dtype, self.kernels)
+        return round_to_levels(x, scale, offset, points, rounding)
 
     def transform(self, x: Tensor) -> Tensor:
         """What is done to the values before they are quantized: nothing, unless a subclass normalizes them."""
@@ -125,8 +156,8 @@ class Quantizer(nn.Module, ABC):
     @property
     def step(self) -> Tensor:
         """The step in use, ``(channels,)``: within ``initial_step`` divided or times 2^16."""
-        initial = self.initial_step
-        return relative(whole(self.relative_step), 0 * initial, initial, 1 / MAX_DRIFT, MAX_DRIFT, default=1.0)
+        value = whole(self.relative_step)
+        return relative(value, None, self.initial_step, 1 / MAX_DRIFT, MAX_DRIFT, default=1.0)
 
     @property
     def offset(self) -> Tensor | None:
@@ -138,18 +169,18 @@ class Quantizer(nn.Module, ABC):
         """Whether ``forward`` quantizes: calibrated, and not switched off by ``enabled = False``."""
         return self.enabled and self.is_calibrated
 
-    def forward(self, x: Tensor, samples: int | None = None) -> Tensor:
-        """Quantize ``x``; identity until calibrated. Computes in float32 at least, returns the dtype of ``x``.
+    def forward(self, x: Tensor, samples: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Quantize ``x``; identity until calibrated. Computes in float32 at least.
 
         Args:
             x: the values.
             samples: how many samples they are, for LSQ's gradient scale; ``None``: the size of the batch axis.
+            dtype: of the result; ``None``: that of ``x``.
         """
         if not self.active or not x.is_floating_point():
             return x
         scale = broadcast_channels(self.step, x, self.channel_axis)
-        wide = x if x.dtype == torch.float64 else x.to(torch.float32)
-        return self.quantize(self.transform(wide), scale, self._elements_per_step(x, samples)).to(x.dtype)
+        return self.quantize(self.transform(x), scale, self._elements_per_step(x, samples), dtype or x.dtype)
 
     def _elements_per_step(self, x: Tensor, samples: int | None) -> int:
         if samples is None:  # values of fewer axes are a single sample

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from lightning_qinit.functional.levels import check_levels
-from lightning_qinit.quantizers.nonuniform import NonUniform
+from lightning_qinit.quantizers.base import Quantizer
 
 
-class Codebook(NonUniform, name="codebook"):
+class Codebook(Quantizer, name="codebook"):
     """A fixed set of levels times a learned step.
 
     Args:

@@ -4,9 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_qinit.functional.levels import uniform_levels, uniform_range
+from lightning_qinit.functional.levels import uniform_levels
 from lightning_qinit.quantizers.base import Quantizer
-from lightning_qinit.quantizers.straight_through import binary_table, round_to_levels
 
 
 class LSQ(Quantizer, name="lsq"):
@@ -26,24 +25,13 @@ class LSQ(Quantizer, name="lsq"):
     """
 
     def __init__(self, *args: Any, narrow_range: bool = False, **state: Any) -> None:
-        super().__init__(*args, **state)
         self.narrow_range = narrow_range
+        super().__init__(*args, **state)
 
     def level_set(self, bits: int, signed: bool) -> Tensor:
         """``-2^(b-1) .. 2^(b-1) - 1``, or ``0 .. 2^b - 1`` unsigned; one signed bit is ``-1, +1``."""
         return uniform_levels(bits, signed, self.narrow_range)
 
-    def quantize(self, x: Tensor, scale: Tensor, elements: int) -> Tensor:
-        """See the class."""
-        _, high = self.code_range
-        return self.round(x, scale, gradient_scale=(elements * high) ** -0.5)
-
-    @property
-    def code_range(self) -> tuple[int, int]:
-        """The lowest and the highest integer."""
-        return uniform_range(self.n_bits, self.is_signed, self.narrow_range)
-
-    def round(self, x: Tensor, scale: Tensor, gradient_scale: float, learns_rounding: bool = True) -> Tensor:
-        """Round to the integers, with a gradient to the step as ``round_to_levels`` has it."""
-        binary = binary_table(x) if self.n_bits == 1 and self.is_signed else None
-        return round_to_levels(x, scale, *self.code_range, gradient_scale, binary, learns_rounding)
+    def gradient_scale(self, elements: int) -> float:
+        """``1 / sqrt(N Qp)``."""
+        return (elements * self.high) ** -0.5

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qinit.functional.fake_quantize import broadcast_channels
 from lightning_qinit.functional.levels import uniform_levels
 from lightning_qinit.functional.sharded import copy_whole, whole
 from lightning_qinit.quantizers.base import MAX_DRIFT
@@ -26,16 +25,20 @@ class LSQPlus(LSQ, name="lsq+"):
 
     def __init__(self, *args: Any, **state: Any) -> None:
         super().__init__(*args, **state)
-        self.has_offset = self.batch_axis is not None
         if self.has_offset:
             # in units of the initial step, from the initial offset
             self.relative_offset = nn.Parameter(torch.zeros_like(self.initial_step))
             self.register_buffer("initial_offset", torch.zeros_like(self.initial_step))
 
+    @property
+    def has_offset(self) -> bool:  # type: ignore[override]  # a constant of most classes
+        """Whether these are inputs."""
+        return self.batch_axis is not None
+
     def reset_parameters(self) -> None:
         """Back to before calibration: step 1, offset 0, identity."""
         super().reset_parameters()
-        if self.has_offset:
+        if hasattr(self, "initial_offset"):
             with torch.no_grad():
                 self.relative_offset.zero_()
                 self.initial_offset.zero_()
@@ -52,16 +55,6 @@ class LSQPlus(LSQ, name="lsq+"):
         return relative(
             whole(self.relative_offset), self.initial_offset, self.initial_step, -MAX_DRIFT, MAX_DRIFT, default=0.0
         )
-
-    def quantize(self, x: Tensor, scale: Tensor, elements: int) -> Tensor:
-        """See the class."""
-        offset = self.offset
-        if offset is None:
-            return super().quantize(x, scale, elements)
-        gradient_scale = (elements * float(2**self.n_bits - 1)) ** -0.5
-        shift = offset * gradient_scale  # only the gradient is scaled: the next line puts the value back
-        shift = broadcast_channels(shift + (offset - shift).detach(), x, self.channel_axis)
-        return super().quantize(x - shift, scale, elements) + shift
 
     @torch.no_grad()
     def start(self, step: Tensor, bits: int, signed: bool, offset: Tensor | None = None) -> None:

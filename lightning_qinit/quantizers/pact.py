@@ -1,7 +1,5 @@
 """PACT: parameterized clipping activation (Choi et al., 2018, arXiv 1805.06085)."""
 
-from torch import Tensor
-
 from lightning_qinit.quantizers.lsq import LSQ
 
 
@@ -14,7 +12,8 @@ class PACT(LSQ, name="pact"):
     move ``a`` exactly as they do in the paper, which has no gradient scale.
     """
 
-    def quantize(self, x: Tensor, scale: Tensor, elements: int) -> Tensor:
-        """See the class."""
-        _, high = self.code_range
-        return self.round(x, scale, gradient_scale=high**-2.0, learns_rounding=False)
+    learns_rounding = False
+
+    def gradient_scale(self, elements: int) -> float:
+        """``1 / Qp^2``."""
+        return self.high**-2

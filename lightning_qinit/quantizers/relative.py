@@ -9,22 +9,23 @@ from torch import Tensor
 class _Relative(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, value: Tensor, start: Tensor, unit: Tensor, low: float, high: float, default: float
+        ctx: Any, value: Tensor, start: Tensor | None, unit: Tensor, low: float, high: float, default: float
     ) -> Tensor:
         ctx.save_for_backward(value, unit)
         ctx.bounds = (low, high)
-        return start + unit * torch.where(value.isnan(), default, value).clamp(low, high)
+        within = value.nan_to_num(default, high, low).clamp(low, high)
+        return within * unit if start is None else torch.addcmul(start, within, unit)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         value, unit = ctx.saved_tensors
         low, high = ctx.bounds
         # gradient descent moves against the gradient: drop what would carry the value further outside
-        outwards = ((value <= low) & (grad > 0)) | ((value >= high) & (grad < 0))
-        return torch.where(outwards, 0.0, grad / unit), None, None, None, None, None
+        grad = torch.where(value <= low, grad.clamp(max=0), torch.where(value >= high, grad.clamp(min=0), grad))
+        return grad / unit, None, None, None, None, None
 
 
-def relative(value: Tensor, start: Tensor, unit: Tensor, low: float, high: float, default: float) -> Tensor:
+def relative(value: Tensor, start: Tensor | None, unit: Tensor, low: float, high: float, default: float) -> Tensor:
     """``start + unit * value``, with ``value`` clipped to ``[low, high]``; NaN counts as ``default``.
 
     Steps differ by orders of magnitude from layer to layer. An optimizer that normalizes gradients (Adam) moves every
@@ -39,7 +40,7 @@ def relative(value: Tensor, start: Tensor, unit: Tensor, low: float, high: float
 
     Args:
         value: the parameter, any shape.
-        start: what ``value`` 0 stands for, same shape.
+        start: what ``value`` 0 stands for, same shape; ``None`` for 0.
         unit: positive, same shape.
         low: the lower bound of ``value``.
         high: the upper bound.

@@ -1,0 +1,213 @@
+"""The two passes of a quantizer over its values, each compiled to one kernel where torch can.
+
+As a chain of torch operations a pass reads and writes the values a dozen times, which is all that fake quantization
+costs. ``torch.compile`` fuses it to one pass. Values are brought to two axes first, ``(channels, values)`` in the order
+in which they lie in memory, and shapes are dynamic, so that one kernel serves every layer of a kind.
+"""
+
+import logging
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not listed
+
+log = logging.getLogger(__name__)
+
+Kernels = Literal["auto", "compiled", "eager"]
+LEAST = 2**15  # values from which a compiled kernel is faster than the chain, its call included
+UNROLLED = 32  # levels up to which comparing with every threshold is faster than searching among them
+
+
+def check_kernels(kernels: Kernels) -> Kernels:
+    """The setting, or ``ValueError`` if it is none."""
+    if kernels not in get_args(Kernels):
+        raise ValueError(f"`kernels` must be 'auto', 'compiled' or 'eager', got {kernels!r}.")
+    return kernels
+
+
+def forward(
+    x: Tensor, scale: Tensor, offset: Tensor | None, points: Tensor, uniform: bool, dtype: torch.dtype
+) -> Tensor:
+    """The point ``scale * level + offset`` nearest to each value.
+
+    Args:
+        x: the values.
+        scale: the step, broadcasting against ``x``.
+        offset: likewise; ``None`` for 0.
+        points: the levels at step 1, or the lowest and the highest if ``uniform``.
+        uniform: whether the levels are all integers between two.
+        dtype: of the result.
+    """
+    v, scale, offset = _normalized(x, scale, offset)
+    y = nearest(v, points, uniform) * scale
+    return (y if offset is None else y + offset).to(dtype)
+
+
+def forward_into(out: Tensor, *arguments: Any) -> None:
+    """:func:`forward`, written to a tensor that there is."""
+    out.copy_(forward(*arguments))
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    points: Tensor,
+    uniform: bool,
+    learns_rounding: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients to ``x``, ``scale`` and ``offset``, given that to the result of :func:`forward`."""
+    v, scale, offset = _normalized(x, scale, offset)
+    wide = grad.to(v.dtype)
+    inside, slope = _slope(v, points, uniform, learns_rounding)
+    to_scale = (wide * slope).sum_to_size(scale.shape)
+    to_offset = None if offset is None else torch.where(inside, 0.0, wide).sum_to_size(offset.shape)
+    return torch.where(inside, grad, 0.0).to(x.dtype), to_scale, to_offset
+
+
+def tangents(
+    x: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    points: Tensor,
+    uniform: bool,
+    learns_rounding: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """How each result of :func:`forward` changes with the scale, and with the offset."""
+    v, scale, offset = _normalized(x, scale, offset)
+    inside, slope = _slope(v, points, uniform, learns_rounding)
+    return slope.to(dtype), None if offset is None else (~inside).to(dtype)
+
+
+def _slope(v: Tensor, points: Tensor, uniform: bool, learns_rounding: bool) -> tuple[Tensor, Tensor]:
+    """Which normalized values lie between the outer levels, and the derivative by the scale, given straight through."""
+    inside = (v > points[0]) & (v < points[-1])
+    level = nearest(v, points, uniform)
+    return inside, level - torch.where(inside, v, 0.0) if learns_rounding else torch.where(inside, 0.0, level)
+
+
+def _normalized(x: Tensor, scale: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Values in units of the step, from the offset, in float32 at least; and scale and offset in that dtype.
+
+    They are multiplied with ``1 / scale``, as in torch's own fake quantization: the codes are the same to the last bit.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    scale, x = scale.to(wide), x.to(wide)
+    if offset is not None:
+        offset = offset.to(wide)
+        x = x - offset
+    return x * scale.reciprocal(), scale, offset
+
+
+def nearest(v: Tensor, points: Tensor, uniform: bool) -> Tensor:
+    """The level nearest to each normalized value; NaN stays NaN. Arguments as of :func:`forward`."""
+    points = points.to(v.dtype)
+    if uniform:
+        return torch.minimum(torch.maximum(v, points[0]), points[1]).round()
+    thresholds = (points[1:] + points[:-1]) / 2
+    if torch.compiler.is_compiling() and len(points) <= UNROLLED:
+        level = points[0].expand_as(v)
+        for k in range(len(points) - 1):
+            level = torch.where(v >= thresholds[k], points[k + 1], level)
+    else:
+        level = torch.empty_like(v)  # keeps the memory format, which the lookup does not
+        level.copy_(points[torch.bucketize(v.contiguous(), thresholds, right=True)])
+    return torch.where(v == v, level, v)
+
+
+class Layout:
+    """How values lie in memory, as two axes: channels, and the values of each in the order of their addresses.
+
+    Args:
+        x: the values.
+        scale: the step, with as many axes: one for all, or one per channel.
+    """
+
+    def __init__(self, x: Tensor, scale: Tensor) -> None:
+        strides, self.channels = x.stride(), scale.numel()
+        axes = list(range(x.dim()))
+        self.plain = x.is_contiguous() and (self.channels == 1 or scale.shape[0] > 1)
+        if not self.plain:
+            axes.sort(key=lambda axis: -strides[axis])
+            if self.channels > 1:
+                axes.sort(key=lambda axis: scale.shape[axis] == 1)  # stable: the channels come first
+        self.axes = axes
+        self.shape = [x.shape[axis] for axis in axes]
+        self.order = sorted(range(len(axes)), key=axes.__getitem__)
+
+    def flat(self, x: Tensor) -> Tensor:
+        """Values as ``(channels, values)``: a view, or a copy where they lie in another order."""
+        return (x if self.plain else x.permute(self.axes)).detach().reshape(self.channels, -1)
+
+    def restored(self, flat: Tensor) -> Tensor:
+        """A view of them in their shape, each where it was."""
+        return flat.view(self.shape) if self.plain else flat.view(self.shape).permute(self.order)
+
+    def empty(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Room for results that lie in the same order; no view, so that it may be changed in place later."""
+        if self.plain:
+            return torch.empty(self.shape, dtype=dtype, device=device)
+        strides = [1]
+        for size in self.shape[:0:-1]:
+            strides.insert(0, strides[0] * size)
+        shape = [self.shape[place] for place in self.order]
+        return torch.empty_strided(shape, [strides[place] for place in self.order], dtype=dtype, device=device)
+
+
+class Kernel:
+    """A pass over ``(channels, values)``, compiled when it is first called.
+
+    Every kind of call (devices, dtypes, number of levels, constants) has a compiled function of its own, since torch
+    counts recompilations per function and gives up after a few.
+    """
+
+    def __init__(self, chain: Callable[..., Any]) -> None:
+        self.chain = chain
+        self.compiled: dict[Any, Callable[..., Any]] = {}
+
+    def __call__(self, *arguments: Any, force: bool) -> Any:
+        """Call the compiled function; where it cannot be had, the chain, or with ``force`` raise ``RuntimeError``."""
+        kind = tuple(_kind(a) if isinstance(a, Tensor) else a for a in arguments)
+        if kind in self.compiled:
+            return self.compiled[kind](*arguments)
+        twin = FunctionType(self.chain.__code__.replace(), self.chain.__globals__)
+        compiled = torch.compile(twin, dynamic=True)
+        try:
+            result = compiled(*arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # no compiler, or one that fails; what else may be wrong shows in the chain
+            if force:
+                raise RuntimeError(
+                    f"`kernels` = 'compiled', but torch.compile fails here; 'auto' and 'eager' do without. ({error})"
+                ) from error
+            log.info("Quantizers do without torch.compile, which fails here: %s", error)
+            compiled = self.chain
+            result = compiled(*arguments)
+        self.compiled[kind] = compiled
+        return result
+
+
+def _kind(x: Tensor) -> Any:
+    return x.device.type, x.dtype, x.is_inference(), len(x) if x.dim() == 1 else None
+
+
+def are_compiled(x: Tensor, kernels: Kernels) -> bool:
+    """Whether the passes over these values are to be compiled kernels.
+
+    Not where torch traces or differentiates the operations themselves: inside ``torch.compile`` and exports, which
+    fuse them on their own, and in double backward.
+    """
+    if kernels == "eager" or torch.compiler.is_compiling() or is_tracing() or torch.is_grad_enabled():
+        return False
+    if type(x) not in (Tensor, nn.Parameter) or x.device.type == "meta" or x.numel() == 0:
+        return False
+    return kernels == "compiled" or (x.numel() >= LEAST and x.device.type in ("cpu", "cuda"))
+
+
+FORWARD, BACKWARD, TANGENTS = Kernel(forward_into), Kernel(backward), Kernel(tangents)

@@ -1,0 +1,327 @@
+"""Compiled kernels against the chain of operations, and layers that keep no quantized values against those that do."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SmallNet, loader, quiet
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_qinit import calibrate, prepare
+from lightning_qinit.insertion import quantized_layers
+from lightning_qinit.quantizers import LSQ, PACT, APoT, Codebook, LSQPlus, Quantizer, kernels
+
+KINDS: dict[str, Callable[..., Quantizer]] = {
+    "uniform": partial(LSQ, 4),
+    "binary": partial(LSQ, 1),
+    "clip": partial(PACT, 4),
+    "offset": partial(LSQPlus, 4, batch_axis=0),
+    "few levels": partial(APoT, 3),
+    "many levels": partial(APoT, 7),
+    "codebook": partial(Codebook, 2, levels=(-2.0, -0.5, 0.0, 3.0)),
+}
+
+
+def run(quantizer: Quantizer, x: Tensor, upstream: Tensor, **arguments) -> list[Tensor]:
+    x = x.detach().requires_grad_()
+    y = quantizer(x, **arguments)
+    return [y.detach(), *torch.autograd.grad(y, (x, *quantizer.parameters()), upstream.to(y.dtype))]
+
+
+def both(quantizer: Quantizer, x: Tensor, **arguments) -> None:
+    upstream = torch.randn(x.shape)
+    results = {}
+    for quantizer.kernels in ("eager", "compiled"):
+        results[quantizer.kernels] = run(quantizer, x, upstream, **arguments)
+    plain, fused = results.values()
+    for expected, got in zip(plain[:2], fused[:2], strict=True):  # the same operations on every value
+        assert got.dtype == expected.dtype and got.stride() == x.stride() and torch.equal(got, expected)
+    for expected, got in zip(plain[2:], fused[2:], strict=True):  # sums in another order
+        assert torch.allclose(got, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_kernels_are_the_chain(kind: str) -> None:
+    quantizer = KINDS[kind]()
+    quantizer.start(torch.tensor([0.4]), quantizer.n_bits, True, torch.tensor([-0.7]))
+    for shape in ((2, 3, 5, 7), (1, 1, 4), (9,), (2, 6)):
+        both(quantizer, torch.randn(shape))
+    both(quantizer, torch.randn(2, 3, 5, 7).to(memory_format=torch.channels_last))
+    both(quantizer, torch.randn(5, 3, 4).transpose(0, 2))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["uniform", "few levels"])
+def test_one_step_per_channel(kind: str, axis: int) -> None:
+    quantizer = KINDS[kind](4, axis)
+    quantizer.start(torch.tensor([0.1, 0.2, 0.4, 1.0]), quantizer.n_bits, True)
+    shape = [3, 5, 2]
+    shape[axis] = 4
+    x = torch.randn(shape)
+    upstream = torch.randn(shape)
+    quantizer.kernels = "eager"
+    expected = run(quantizer, x, upstream)
+    quantizer.kernels = "compiled"
+    for got, value in zip(run(quantizer, x, upstream), expected, strict=True):
+        assert torch.allclose(got, value, rtol=1e-5, atol=1e-6)
+    assert torch.equal(run(quantizer, x, upstream)[0], expected[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_and_results_of_another(dtype: torch.dtype) -> None:
+    quantizer = LSQ(4)
+    quantizer.start(torch.tensor([0.3]), 4, True)
+    both(quantizer, torch.randn(6, 7).to(dtype))
+    both(quantizer, torch.randn(6, 7), dtype=dtype)
+
+
+def test_values_spread_over_memory_and_not_a_number() -> None:
+    quantizer = LSQ(4)
+    quantizer.start(torch.tensor([0.3]), 4, True)
+    spread = torch.randn(4, 6)[:, ::2]
+    repeated = torch.randn(4, 1).expand(4, 5)
+    odd = torch.tensor([[math.nan, math.inf, -math.inf, 0.2]])
+    results = {}
+    for quantizer.kernels in ("eager", "compiled"):
+        results[quantizer.kernels] = [quantizer(x) for x in (spread, repeated, odd)]
+    for expected, got in zip(*results.values(), strict=True):
+        assert torch.equal(got.nan_to_num(99.0), expected.nan_to_num(99.0))
+    assert results["compiled"][2][0, 0].isnan()
+
+
+def test_results_may_be_changed_in_place_and_modes_do_without() -> None:
+    quantizer, x = LSQ(4), torch.randn(8, 8, requires_grad=True)
+    quantizer.start(torch.tensor([0.3]), 4, True)
+    expected = quantizer(x).relu()
+    quantizer.kernels = "compiled"
+    assert torch.equal(quantizer(x).relu_(), expected)
+    with FlopCounterMode(display=False):  # torch.compile does not work under a mode
+        assert torch.equal(quantizer(x).relu(), expected)
+    with torch.inference_mode():
+        assert torch.equal(quantizer(x).relu(), expected)
+
+
+class TestWithoutCompiler:
+    @pytest.fixture(autouse=True)
+    def _no_compiler(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def compiles(function: Callable, **settings) -> Callable:
+            def call(*arguments: object) -> None:
+                raise FileNotFoundError("no compiler")
+
+            return call
+
+        monkeypatch.setattr(torch, "compile", compiles)
+        monkeypatch.setattr(kernels, "LEAST", 1)
+        for kernel in (kernels.FORWARD, kernels.BACKWARD, kernels.TANGENTS):
+            monkeypatch.setattr(kernel, "compiled", {})
+
+    def test_falls_back_without_a_word(self) -> None:
+        quantizer, x, upstream = LSQ(4), torch.randn(5, 6), torch.randn(5, 6)
+        quantizer.start(torch.tensor([0.3]), 4, True)
+        got = run(quantizer, x, upstream)
+        quantizer.kernels = "eager"
+        for value, expected in zip(got, run(quantizer, x, upstream), strict=True):
+            assert torch.allclose(value, expected, rtol=1e-5)
+
+    def test_says_so_if_it_was_asked_to_compile(self) -> None:
+        quantizer = LSQ(4)
+        quantizer.start(torch.tensor([0.3]), 4, True)
+        quantizer.kernels = "compiled"
+        with pytest.raises(RuntimeError, match="`kernels` = 'compiled'.*no compiler"):
+            quantizer(torch.randn(3))
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16 * 64, 32),
+        nn.ReLU(),
+        nn.Linear(32, 4),
+    )
+
+
+def quantized(module: nn.Module, x: Tensor, **settings) -> nn.Module:
+    prepare(module, **settings)
+    calibrate(module, [x])
+    return module.train()
+
+
+def growth(run: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """The result, and how many bytes more there are afterwards, as torch's allocator tells its profiler."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        out = run()
+    return out, sum(event.self_cpu_memory_usage for event in profiler.key_averages())
+
+
+def test_layers_keep_what_they_keep_in_float() -> None:
+    x = torch.randn(64, 3, 8, 8)
+    model = network()
+    _, plain = growth(lambda: model(x))
+    quantized(model, x)
+    _, kept = growth(lambda: model(x))
+    weights = sum(weight.nbytes for layer in quantized_layers(model).values() for weight in layer.weights().values())
+    assert plain > 500_000 and weights > 100_000
+    assert kept < plain + 8 * 2**10  # a few numbers per quantizer, but no quantized input or weight
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(6, 5), (4, 6)),
+    "linear, vector": (lambda: nn.Linear(6, 5), (6,)),
+    "linear, sequence": (lambda: nn.Linear(6, 5, bias=False), (2, 3, 6)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1), (2, 4, 7)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3, stride=2, groups=2), (3, 4, 7, 7)),
+    "conv2d, one": (lambda: nn.Conv2d(4, 4, 3), (4, 7, 7)),
+    "conv2d, padded": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (3, 4, 7, 7)),
+    "conv3d": (lambda: nn.Conv3d(2, 3, 2, bias=False), (2, 2, 4, 4, 4)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1), (2, 4, 5, 5)),
+}
+
+
+def gradients(layer: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    layer.zero_grad()
+    leaf = x.detach().requires_grad_(x.requires_grad)
+    out = call(leaf)
+    out.mul(torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
+    found = [out.detach(), *(p.grad for p in layer.parameters())]
+    return found + ([leaf.grad] if x.requires_grad else [])
+
+
+def by_hand(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The layer as autograd differentiates it: the float operation on the results of both quantizers."""
+
+    def call(x: Tensor) -> Tensor:
+        weight = layer.weight_quantizer(layer.weight)
+        inputs = layer.input_quantizer(x)
+        return torch.func.functional_call(twin, {"weight": weight}, (inputs,), strict=False)
+
+    twin = layer.float_class.__new__(layer.float_class)
+    twin.__dict__.update({k: v for k, v in vars(layer).items() if k != "_modules"}, _modules={})
+    return call
+
+
+@pytest.mark.parametrize("needs_gradient", [True, False], ids=["input of a layer", "data"])
+@pytest.mark.parametrize("quantizer", ["lsq", "lsq+"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_are_those_of_the_operation(name: str, quantizer: str, needs_gradient: bool) -> None:
+    make, shape = LAYERS[name]
+    model = nn.Sequential(make())
+    x = torch.randn(shape)
+    quantized(model, x, weight_bits=4, activation_bits=3, first_last_bits=None, quantizer=quantizer)
+    (layer,) = model
+    x.requires_grad_(needs_gradient)
+    expected = gradients(layer, x, by_hand(layer))
+    for got, value in zip(gradients(layer, x, layer), expected, strict=True):
+        assert torch.allclose(got, value, rtol=1e-4, atol=1e-5 * float(value.abs().max()))
+    assert len(expected) >= 4
+
+
+@pytest.mark.parametrize("settings", [{"weight_bits": None}, {"activation_bits": None}], ids=["inputs", "weights"])
+def test_what_is_not_quantized_is_kept_and_watched(settings: dict) -> None:
+    x = torch.randn(4, 3, 8, 8)
+    model = quantized(network(), x, **settings)
+    first = model[0]
+    seen = x.clone()
+    out = first(seen)
+    with torch.no_grad():
+        (seen if "activation_bits" in settings else first.weight).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_hooks_around_the_layers_see_what_they_keep() -> None:
+    x = torch.randn(4, 3, 8, 8)
+    model = quantized(network(), x)
+    expected = gradients(model, x, model)
+    for call in (
+        partial(checkpoint, model, use_reentrant=False),
+        lambda x: checkpoint(model[2:], checkpoint(model[:2], x, use_reentrant=False), use_reentrant=False),
+    ):
+        for got, value in zip(gradients(model, x, call), expected, strict=True):
+            assert torch.equal(got, value)
+    packed = 0
+
+    def to_half_and_another_order(kept: Tensor) -> Tensor:
+        nonlocal packed
+        packed += kept.numel()
+        return kept.detach().contiguous().clone()
+
+    last = x.to(memory_format=torch.channels_last)
+    expected = gradients(model, last, model)
+    with torch.autograd.graph.saved_tensors_hooks(to_half_and_another_order, lambda kept: kept):
+        got = gradients(model, last, model)
+    assert packed > 2 * 4 * 16 * 64
+    for value, wanted in zip(got, expected, strict=True):
+        assert torch.allclose(value, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_second_derivatives() -> None:
+    model = quantized(network(), torch.randn(4, 3, 8, 8))
+    layers = [model[0], model[2]]
+
+    def penalty(calls: list[Callable[[Tensor], Tensor]]) -> list[Tensor]:
+        torch.manual_seed(1)
+        x = torch.randn(4, 3, 8, 8, requires_grad=True)
+        out = calls[1](calls[0](x).tanh()).tanh().sum()
+        (gradient,) = torch.autograd.grad(out, x, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), [layer.weight for layer in layers])
+
+    for kernel in ("eager", "compiled"):
+        for layer in layers:
+            layer.weight_quantizer.kernels = layer.input_quantizer.kernels = kernel
+        for got, value in zip(penalty(layers), penalty([by_hand(layer) for layer in layers]), strict=True):
+            assert torch.allclose(got, value, rtol=1e-4, atol=1e-6) and bool(value.abs().max() > 0)
+
+
+def test_autocast_rounds_to_its_dtype_once() -> None:
+    x = torch.randn(4, 3, 8, 8)
+    model = quantized(network(), x)
+    layer = model[2]
+    inputs = torch.randn(4, 16, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(inputs)
+        weight, values = layer.weight_quantizer(layer.weight), layer.input_quantizer(inputs)
+        expected = F.conv2d(values, weight, layer.bias, padding=1)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
+    assert values.dtype == torch.float32  # a quantizer of its own follows its input
+
+
+def test_inside_a_compiled_module_without_a_graph_break() -> None:
+    torch.compiler.reset()
+    x = torch.randn(4, 3, 8, 8)
+    model = quantized(network(), x)
+    expected = gradients(model, x, model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for got, value in zip(gradients(model, x, compiled), expected, strict=True):
+        assert torch.allclose(got, value, rtol=1e-4, atol=1e-5)
+
+
+def test_compiles_large_tensors_only_and_never_in_a_fast_dev_run(
+    make_trainer: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(kernels.Kernel, "__call__", lambda *arguments, **settings: calls.append(arguments) or 1 / 0)
+    make_trainer(quiet()).fit(SmallNet(), loader())
+    assert not calls
+    monkeypatch.setattr(kernels, "LEAST", 1)
+    make_trainer(quiet(), fast_dev_run=True).fit(SmallNet(), loader())
+    make_trainer(quiet(kernels="eager")).fit(SmallNet(), loader())
+    assert not calls
+    with pytest.raises(ZeroDivisionError):
+        make_trainer(quiet()).fit(SmallNet(), loader())
+
+
+def test_names_what_it_accepts() -> None:
+    with pytest.raises(ValueError, match="`kernels` must be 'auto', 'compiled' or 'eager', got 'fast'"):
+        quiet(kernels="fast")
+    with pytest.raises(ValueError, match="`kernels` must be"):
+        prepare(nn.Sequential(nn.Linear(2, 2)), kernels="fast")
