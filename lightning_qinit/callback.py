@@ -181,6 +181,7 @@ class QuantInitCallback(Callback):
         self.kernels = check_kernels(kernels)
         self.print_report = print_report
         self.report: list[ReportRow] = []
+        self._quantizers: list[Quantizer] = []
         self._shown: list[str] = []  # the quantizers that there are pictures of
         self._monitor: Monitor | None = None
         self._tracker: Tracker | None = None
@@ -241,6 +242,7 @@ class QuantInitCallback(Callback):
         for module in (pl_module, *_trainer.averaged_modules(trainer)):  # copies made since `setup` hold it too
             vars(module).pop("on_load_checkpoint", None)
         layers = quantized_layers(pl_module)
+        self._quantizers = list(named_quantizers(layers).values())
         self._tracker = self._monitor = None
         if {"oscillation", "frozen"} & set(self.quantities) or self.freeze_oscillating is not None:
             self._tracker = Tracker(layers, self.freeze_oscillating)
@@ -254,6 +256,9 @@ class QuantInitCallback(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure the batches of a logging step. Calibrate here on data that cannot be read ahead."""
+        if batch_idx % trainer.accumulate_grad_batches == 0:  # the optimizer may have stepped
+            accumulates = trainer.accumulate_grad_batches > 1 and pl_module.automatic_optimization
+            self._keep_weights(trainer, accumulates)
         if self._groups != _count_groups(trainer):  # a layer was unfrozen
             self._settle_optimizers(trainer, pl_module)
         if self._waits_for_batch:
@@ -268,8 +273,7 @@ class QuantInitCallback(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Give steps that are not in use a gradient of zero where DDP waits for one from every parameter."""
         if _trainer.needs_every_gradient(trainer):
-            quantizers = named_quantizers(quantized_layers(pl_module)).values()
-            idle = [p.sum() for q in quantizers if not q.is_calibrated for p in q.parameters()]
+            idle = [p.sum() for q in self._quantizers if not q.is_calibrated for p in q.parameters()]
             if idle:
                 (0 * torch.stack(idle).sum()).backward()
 
@@ -311,19 +315,27 @@ class QuantInitCallback(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so if the numbers are those of the float module."""
+        """Quantize every weight once. Say so if the numbers are those of the float module."""
         if trainer.state.fn != "fit":
             self._warn_if_float(pl_module)
+        self._start_evaluation(trainer, pl_module)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Training changes weights."""
+        self._keep_weights(trainer, False)
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so if the numbers are those of the float module."""
+        """Quantize every weight once. Say so if the numbers are those of the float module."""
         self._warn_if_float(pl_module)
+        self._start_evaluation(trainer, pl_module)
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so if the numbers are those of the float module."""
+        """Quantize every weight once. Say so if the numbers are those of the float module."""
         self._warn_if_float(pl_module)
+        self._start_evaluation(trainer, pl_module)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -333,6 +345,8 @@ class QuantInitCallback(Callback):
         if self._tracker is not None:
             self._tracked = self._tracker.state_dict()
         self._monitor = self._tracker = None
+        self._keep_weights(trainer, False)
+        self._quantizers = []
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -350,6 +364,16 @@ class QuantInitCallback(Callback):
         """Refuse a checkpoint whose quantizers were set up differently."""
         self._refuse_other_settings(state_dict)
         self._tracked = state_dict.get("oscillation")
+
+    def _start_evaluation(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._quantizers = list(named_quantizers(quantized_layers(pl_module)).values())
+        self._keep_weights(trainer, True)
+
+    def _keep_weights(self, trainer: Trainer, keep: bool) -> None:
+        """Quantize weights once while they cannot change; not where a strategy gathers them for every use (FSDP)."""
+        for quantizer in self._quantizers:
+            if quantizer.batch_axis is None:
+                quantizer.keep_weight(keep and not _trainer.restores_late(trainer))
 
     def _settle_optimizers(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         """Have every step in an optimizer, without weight decay; the layers that none trains."""

@@ -73,7 +73,8 @@ def test_moments_and_extremes(kind: str) -> None:
     assert sketch.signed == bool((x < 0).any() or (x == 0).all())  # zeros say nothing of a sign
     scale = float(x.double().abs().mean()) + 1e-300
     assert float(sample.mean(sample.values)) == pytest.approx(float(x.double().mean()), abs=1e-9 * scale)
-    assert float(sample.energy) == pytest.approx(float(data.energy), rel=1e-9)
+    # values of a key are taken to be evenly spread, which is off by a fraction of their variance, 2^-18 / 12
+    assert float(sample.energy) == pytest.approx(float(data.energy), rel=1e-7)
     levels = uniform_levels(4, signed=True)
     assert float(minmax(sample, levels)) == float(minmax(data, levels))
 

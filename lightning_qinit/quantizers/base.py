@@ -79,6 +79,8 @@ class Quantizer(nn.Module, ABC):
         self.channel_axis, self.batch_axis = channel_axis, batch_axis
         self.enabled = True
         self.kernels: Kernels = "auto"
+        self.keeps_weight = False
+        self._kept: tuple[Any, ...] = ()  # the weight that was quantized last, its state then, and the result
         self._settings = (bool(signed), int(bits))
         self.relative_step = nn.Parameter(torch.empty(channels, dtype=torch.float32, device=device))
         # flags are integers, since callbacks that average weights subtract buffers, and bools cannot be subtracted
@@ -142,7 +144,26 @@ class Quantizer(nn.Module, ABC):
         points = self.points if x.dtype != torch.float64 or self.uniform else self.levels.to(x)
         scaling = self.gradient_scale(elements)
         rounding = Rounding(self.uniform, self.learns_rounding, scaling, dtype, self.kernels)
-        return round_to_levels(x, scale, offset, points, rounding)
+        if not self.keeps_weight or not isinstance(x, nn.Parameter) or torch.compiler.is_compiling():
+            return round_to_levels(x, scale, offset, points, rounding)
+        versions = x._version, self.relative_step._version, self.initial_step._version
+        state = (*versions, self.n_bits, self.is_signed, rounding)
+        if not self._kept or self._kept[0] is not x or self._kept[1] != state:
+            with torch.no_grad():
+                self._kept = (x, state, round_to_levels(x, scale, offset, points, rounding))
+        return round_to_levels(x, scale, offset, points, rounding, ready=self._kept[2])
+
+    def keep_weight(self, keep: bool) -> None:
+        """Forget the weight that is kept, and from here on keep the next, or do not.
+
+        A quantizer that keeps its weight quantizes it once and not in every forward pass, until it or the step is
+        changed in place. It cannot see a change through ``weight.data``, so keep weights only while none is made:
+        within gradient accumulation, or while evaluating.
+        """
+        self.keeps_weight, self._kept = keep, ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_kept": ()}
 
     def transform(self, x: Tensor) -> Tensor:
         """What is done to the values before they are quantized: nothing, unless a subclass normalizes them."""

@@ -1,0 +1,98 @@
+"""Weights are quantized once while they cannot change, and nothing else changes by it."""
+
+from collections.abc import Callable
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from conftest import SmallNet, loader, quiet
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import Tensor, nn
+
+from lightning_qinit import LSQ, prepare
+from lightning_qinit.quantizers import straight_through
+
+
+class Counter(pl.Callback):
+    """How often the weight of a layer was really quantized, by stage; also stands in for a run that keeps none."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...] = (4, 4, 3, 3)) -> None:
+        self.counts = {"train": 0, "validate": 0}
+        forward = straight_through._forward
+
+        def counted(x: Tensor, *arguments: object) -> Tensor:
+            if x.shape == shape and torch._C._current_graph_task_id() < 0:  # not in a backward pass
+                self.counts["train" if torch.is_grad_enabled() or self.training else "validate"] += 1
+            return forward(x, *arguments)
+
+        self.training = True
+        monkeypatch.setattr(straight_through, "_forward", counted)
+
+    def on_validation_start(self, *arguments: object) -> None:
+        self.training = False
+
+    def on_validation_end(self, *arguments: object) -> None:
+        self.training = True
+
+
+def trained(make_trainer: Callable, callbacks: list[pl.Callback], **arguments: object) -> dict[str, Tensor]:
+    pl.seed_everything(3, verbose=False)
+    module = SmallNet()
+    make_trainer(*callbacks, **arguments).fit(module, loader(shuffle=False), loader(shuffle=False))
+    return module.state_dict()
+
+
+def test_once_per_optimizer_step_and_per_evaluation(make_trainer: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = Counter(monkeypatch)
+    states = []
+    with monkeypatch.context() as patch:
+        patch.setattr(LSQ, "keep_weight", lambda self, keep: None)
+        states.append(trained(make_trainer, [quiet(log_quantizers=False), counter], accumulate_grad_batches=2))
+        assert counter.counts == {"train": 4, "validate": 4}
+    counter.counts = dict.fromkeys(counter.counts, 0)
+    states.append(trained(make_trainer, [quiet(log_quantizers=False), counter], accumulate_grad_batches=2))
+    assert counter.counts == {"train": 2, "validate": 1}
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[1][name], value) for name, value in states[0].items())
+
+
+def test_nothing_is_kept_in_between(make_trainer: Callable) -> None:
+    module = SmallNet()
+    make_trainer(quiet(), max_epochs=2).fit(module, loader(), loader(shuffle=False))
+    assert not any(child.keeps_weight or child._kept for child in module.modules() if isinstance(child, LSQ))
+
+
+def test_averaged_weights_are_those_evaluated(make_trainer: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = []
+    for keeps in (True, False):
+        with monkeypatch.context() as patch:
+            if not keeps:
+                patch.setattr(LSQ, "keep_weight", lambda self, keep: None)
+            pl.seed_everything(3, verbose=False)
+            trainer = make_trainer(quiet(), EMAWeightAveraging(), max_epochs=2, accumulate_grad_batches=2)
+            trainer.fit(SmallNet(), loader(shuffle=False), loader(shuffle=False))
+            losses.append(float(trainer.callback_metrics["val_loss"]))
+    assert losses[0] == losses[1]
+
+
+def test_a_change_in_place_is_seen() -> None:
+    model = prepare(nn.Sequential(nn.Linear(4, 3)), activation_bits=None, first_last_bits=None)
+    quantizer, weight = model[0].weight_quantizer, model[0].weight
+    quantizer.start(torch.tensor([0.1, 0.2, 0.3]), 4, True)
+    quantizer.keep_weight(True)
+    first = quantizer(weight)
+    assert quantizer(weight).data_ptr() == first.data_ptr()
+    with torch.no_grad():
+        weight.neg_()
+    assert not torch.equal(quantizer(weight), first)
+    with torch.no_grad():
+        quantizer.relative_step.mul_(2)
+    changed = quantizer(weight).detach()
+    quantizer.keep_weight(False)
+    assert torch.equal(quantizer(weight), changed)
+    quantizer.keep_weight(True)
+    assert torch.equal(quantizer(weight.detach()), changed) and not quantizer._kept  # only parameters are kept
+    quantizer.start(torch.tensor([0.5, 0.2, 0.3]), 2, True)
+    kept = quantizer(weight)
+    quantizer.keep_weight(False)
+    assert torch.equal(kept, quantizer(weight))
