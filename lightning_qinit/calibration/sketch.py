@@ -145,6 +145,6 @@ class Sketch:
 
 def _split(values: Tensor) -> tuple[Tensor, Tensor]:
     """The key of every float32 value, and its low bits, both int64."""
-    bits = values.contiguous().view(torch.int32)
-    key = (bits >> _LOW_BITS).bitwise_and_(_KEYS - 1)
-    return key.to(torch.int64), bits.bitwise_and(2**_LOW_BITS - 1).to(torch.int64)
+    bits = values.contiguous().view(torch.int32).to(torch.int64)
+    low = bits.bitwise_and(2**_LOW_BITS - 1)
+    return bits.bitwise_right_shift_(_LOW_BITS).bitwise_and_(_KEYS - 1), low

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_qinit.functional.sweep import Bracket, Rows, assign, in_parts, squared_error, sweep
+from lightning_qinit.functional.sweep import Bracket, Rows, in_parts, nearest, squared_error, sweep
 
 OCTAVES = 16  # cells span the largest value of a row down to 2^-16 of it; all smaller values share the first cell
 GRID = 2.0 ** -torch.linspace(-1, 5, 24, dtype=torch.float64)  # tried relative to the step that just clips nothing
@@ -77,11 +77,11 @@ def coarse(nodes: Nodes, rows: Rows, levels: Tensor, bracket: Bracket) -> Bracke
     steps = torch.where(reach > 0, reach, bracket.upper)[:, None] * GRID.to(x.device)
     errors, clipping, dead = (torch.empty_like(steps) for _ in range(3))
     for i, step in enumerate(steps.split(1, dim=1)):
-        level = levels[assign(x, step, levels)]
-        error = w * (x - step * level).square()
+        level = nearest(x, step, levels)
+        error = (x - step * level).square_().mul_(w)
         errors[:, i] = error.sum(1)
-        clipping[:, i] = (error * ((x > step * levels[-1]) | (x < step * levels[0]))).sum(1)
-        dead[:, i] = (error * (level == 0)).sum(1)
+        clipping[:, i] = torch.where((x > step * levels[-1]) | (x < step * levels[0]), error, 0.0).sum(1)
+        dead[:, i] = torch.where(level == 0, error, 0.0).sum(1)
     best = squared_error(rows, levels, steps.gather(1, errors.argmin(1, keepdim=True))[:, 0])
     limit = _limit(best, nodes)
     return Bracket(

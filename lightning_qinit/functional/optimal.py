@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_qinit.functional.bracket import coarse, fine, gather, nodes_per_row
 from lightning_qinit.functional.determinism import any_order
 from lightning_qinit.functional.levels import check_levels
-from lightning_qinit.functional.sweep import Rows, assign, best_in, outer_bracket, squared_error, total_breakpoints
+from lightning_qinit.functional.sweep import Rows, best_in, nearest, outer_bracket, squared_error, total_breakpoints
 
 RESOLUTIONS = (4, 6, 9, 12)  # mantissa bits of the nodes, each bracket narrower than the one before
 ROW_ELEMENTS = 2**18  # rows are taken in groups of about this many values: memory is bounded, caches are used
@@ -129,7 +129,7 @@ def _polish(rows: Rows, levels: Tensor, scale: Tensor) -> Tensor:
     for _ in range(2):
         a, b = torch.zeros_like(scale), torch.zeros_like(scale)
         for x, w in rows.chunks():
-            level = levels[assign(x, scale[:, None], levels)]
+            level = nearest(x, scale[:, None], levels)
             a += (w * x * level).sum(1)
             b += (w * level.square()).sum(1)
         scale = torch.where((a > 0) & (b > 0), a / torch.where(b > 0, b, 1.0), scale)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_qinit.functional.levels import thresholds
+from lightning_qinit.functional.levels import is_run, thresholds
 
 # Breakpoints sorted at a time: enough to keep vector units busy, few enough to stay in the cache.
 MAX_BREAKPOINTS = 2**19
@@ -56,7 +56,16 @@ class Pieces(NamedTuple):
 
 def assign(x: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
     """Index of the level nearest to ``x / scale``; ``scale`` is ``(rows, 1)``."""
+    if is_run(levels):
+        return nearest(x, scale, levels).sub_(levels[0]).to(torch.int64)
     return torch.bucketize(x / scale, thresholds(levels), right=True)
+
+
+def nearest(x: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
+    """The level nearest to ``x / scale``, the upper one of two; ``scale`` is ``(rows, 1)``."""
+    if is_run(levels):  # arithmetic instead of a search: several times faster
+        return (x / scale).add_(0.5).floor_().clamp_(levels[0], levels[-1])
+    return levels[assign(x, scale, levels)]
 
 
 def squared_error(rows: Rows, levels: Tensor, scale: Tensor) -> Tensor:
@@ -64,7 +73,7 @@ def squared_error(rows: Rows, levels: Tensor, scale: Tensor) -> Tensor:
     scale = scale[:, None]
     total = torch.zeros_like(scale[:, 0])
     for x, w in rows.chunks():
-        total += (w * (x - scale * levels[assign(x, scale, levels)]).square()).sum(1)
+        total += ((x - scale * nearest(x, scale, levels)).square_() * w).sum(1)
     return total
 
 
