@@ -75,6 +75,7 @@ def test_every_setting_is_reachable_and_defaults_print_clean(tmp_path: Path) -> 
         "log_figures": "0",
         "damp_oscillation": "0.1",
         "freeze_oscillating": "0.02",
+        "kernels": "eager",
         "print_report": "false",
     }
     given = [f"--trainer.callbacks.{name}={value}" for name, value in settings.items()]
@@ -111,3 +112,25 @@ def test_quantizer_and_initializer_from_outside_the_package(tmp_path: Path) -> N
     assert not (state["state_dict"][f"{key}.relative_step"] == 1).any()
     settings = next(value for name, value in state["callbacks"].items() if "QuantInitCallback" in name)
     assert settings["weight_quantizer"] == {"name": "extension.MidRise", "margin": 0.5}
+
+
+def test_benchmarks_print_and_write_what_they_measure(tmp_path: Path) -> None:
+    script = str(EXAMPLES / "benchmarks" / "calibration.py")
+    out = run(tmp_path, script, "--values", "8000", "--bits", "2", "4", "--repeats", "1", "--json", "found.json")
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert {row["contestant"] for row in rows} >= {"qinit", "grid"} and "per channel 4 bits  grid" in out
+    best = {(row["kind"], row["bits"]): row["errors"][0] for row in rows if row["contestant"] == "qinit"}
+    # the search works in float64 and ends in float32, like every other's answer
+    assert all(row["errors"][0] >= best[row["kind"], row["bits"]] * (1 - 1e-6) for row in rows)
+    single = [
+        str(EXAMPLES / "benchmarks" / "qat_step.py"),
+        "--single",
+        "--models",
+        "lstm",
+        "--batch",
+        "2",
+        "--steps",
+        "1",
+    ]
+    found = {name: json.loads(run(tmp_path, *single, "--contestants", name)) for name in ("float", "qinit")}
+    assert all(figures["seconds"] > 0 and figures["bytes"] > 0 for figures in found.values())

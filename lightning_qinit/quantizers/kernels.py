@@ -69,6 +69,13 @@ def backward(
     return torch.where(inside, grad, 0.0).to(x.dtype), to_scale, to_offset
 
 
+def backward_into(out: Tensor, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+    """:func:`backward`, the gradient to ``x`` written to a tensor that there is; returns the others."""
+    to_x, to_scale, to_offset = backward(*arguments)
+    out.copy_(to_x)
+    return to_scale, to_offset
+
+
 def tangents(
     x: Tensor,
     scale: Tensor,
@@ -210,4 +217,4 @@ def are_compiled(x: Tensor, kernels: Kernels) -> bool:
     return kernels == "compiled" or (x.numel() >= LEAST and x.device.type in ("cpu", "cuda"))
 
 
-FORWARD, BACKWARD, TANGENTS = Kernel(forward_into), Kernel(backward), Kernel(tangents)
+FORWARD, BACKWARD, TANGENTS = Kernel(forward_into), Kernel(backward_into), Kernel(tangents)

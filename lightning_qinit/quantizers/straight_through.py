@@ -80,7 +80,7 @@ class RoundToLevels(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, scale, offset, points)
         ctx.rounding, ctx.steps, ctx.unpacked = rounding, (scale, offset), None
-        ctx.ready, ctx.again = ready, _again
+        ctx.ready, ctx.again, ctx.spent = ready, _again, None
         return _forward(x, scale, offset, points, rounding) if ready is None else ready.detach()
 
     @staticmethod
@@ -91,11 +91,12 @@ class RoundToLevels(torch.autograd.Function):
         constants = points, rounding.uniform, rounding.learns_rounding
         if are_compiled(x, rounding.kernels):
             layout, force = Layout(x, scale), rounding.kernels == "compiled"
-            values = layout.flat(grad), layout.flat(x)
-            to_x, to_scale, to_offset = BACKWARD(*values, *_columns(scale, offset), *constants, force=force)
-            to_x = layout.restored(to_x)
+            to_x = layout.empty(x.dtype, x.device) if ctx.spent is None else ctx.spent
+            values = layout.flat(to_x), layout.flat(grad), layout.flat(x)
+            to_scale, to_offset = BACKWARD(*values, *_columns(scale, offset), *constants, force=force)
         else:
             to_x, to_scale, to_offset = backward(grad, x, scale, offset, *constants)
+        ctx.spent = None
         to_scale = to_scale.reshape(scale.shape) * rounding.gradient_scale
         if offset is not None:
             to_offset = to_offset.reshape(offset.shape) * rounding.gradient_scale
@@ -118,7 +119,12 @@ def _again(node: Any) -> Tensor:
     if node.ready is not None:
         return node.ready
     x, scale, offset, points = _unpacked(node)
-    return _forward(x, scale, offset, points, node.rounding)
+    result = _forward(x, scale, offset, points, node.rounding)
+    if result.dtype == x.dtype and are_compiled(x, node.rounding.kernels):
+        # whoever asked for it is done when the backward pass comes to this node: room for the gradient, which is new
+        # memory for large tensors otherwise, at the price of another pass
+        node.spent = result
+    return result
 
 
 def _unpacked(node: Any) -> Any:
