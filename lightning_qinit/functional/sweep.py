@@ -57,7 +57,8 @@ class Pieces(NamedTuple):
 def assign(x: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
     """Index of the level nearest to ``x / scale``; ``scale`` is ``(rows, 1)``."""
     if is_run(levels):
-        return nearest(x, scale, levels).sub_(levels[0]).to(torch.int64)
+        index = nearest(x, scale, levels).sub_(levels[0])
+        return index.nan_to_num_(len(levels) - 1).to(torch.int64)  # NaN is past every threshold, as in the search
     return torch.bucketize(x / scale, thresholds(levels), right=True)
 
 
