@@ -372,7 +372,7 @@ class QuantInitCallback(Callback):
     def _keep_weights(self, trainer: Trainer, keep: bool) -> None:
         """Quantize weights once while they cannot change; not where a strategy gathers them for every use (FSDP)."""
         for quantizer in self._quantizers:
-            if quantizer.batch_axis is None:
+            if quantizer.batch_axis is None and (keep or quantizer.keeps_weight):
                 quantizer.keep_weight(keep and not _trainer.restores_late(trainer))
 
     def _settle_optimizers(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
@@ -420,11 +420,9 @@ class QuantInitCallback(Callback):
 
     def _insert(self, pl_module: LightningModule, kernels: Kernels, complete: bool = True) -> None:
         try:
-            layers = insert(pl_module, self.config, complete)
+            insert(pl_module, self.config, complete, kernels)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
-        for quantizer in named_quantizers(layers).values():
-            quantizer.kernels = kernels
 
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._calibrates:

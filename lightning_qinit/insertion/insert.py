@@ -9,15 +9,19 @@ from torchmetrics import Metric
 from lightning_qinit.config import LayerConfig, QuantConfig
 from lightning_qinit.insertion.layers import QUANTIZED_LAYERS, QuantizedLayer
 from lightning_qinit.quantizers import Quantizer
+from lightning_qinit.quantizers.kernels import Kernels
 
 
-def insert(module: nn.Module, config: QuantConfig, complete: bool = True) -> dict[str, QuantizedLayer]:
+def insert(
+    module: nn.Module, config: QuantConfig, complete: bool = True, kernels: Kernels = "auto"
+) -> dict[str, QuantizedLayer]:
     """Turn the layers that ``config`` asks for into quantized ones, in place; those that are stay untouched.
 
     Args:
         module: any module.
         config: what to quantize and how.
         complete: whether the module has all its layers by now. If not, a pattern may match none of them yet.
+        kernels: how all quantizers compute from now on, those that there were included.
 
     Returns:
         All quantized layers of the module by name.
@@ -41,7 +45,10 @@ def insert(module: nn.Module, config: QuantConfig, complete: bool = True) -> dic
         if quantized_layers(encoder) and encoder.use_nested_tensor:
             # in eval mode it would pack padded sequences for a fused path that never calls its layers
             vars(encoder).update(use_nested_tensor=False, used_nested_tensor=True)
-    return quantized_layers(module)
+    layers = quantized_layers(module)
+    for quantizer in named_quantizers(layers).values():
+        quantizer.kernels = kernels
+    return layers
 
 
 def _shared_weights(candidates: Mapping[str, nn.Module], chosen: Mapping[str, LayerConfig]) -> dict[int, Quantizer]:

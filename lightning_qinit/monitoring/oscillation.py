@@ -137,7 +137,6 @@ def damp(layers: Mapping[str, QuantizedLayer], strength: float) -> None:
                 continue
             done.add(id(weight))
             step = broadcast_channels(quantizer.step.detach(), weight, quantizer.channel_axis)
-            levels = quantizer.levels
             v = weight.detach() / step
-            inside = (v > float(levels[0])) & (v < float(levels[-1]))
+            inside = (v > quantizer.low) & (v < quantizer.high)
             weight.grad += (2 * strength * inside * (weight.detach() - quantizer(weight.detach()))).to(weight.grad)

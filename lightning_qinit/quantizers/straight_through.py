@@ -36,7 +36,7 @@ class Rounding(NamedTuple):
     learns_rounding: bool
     gradient_scale: float
     dtype: torch.dtype
-    kernels: Kernels = "auto"
+    kernels: Kernels
 
 
 def round_to_levels(
