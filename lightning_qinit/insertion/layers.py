@@ -40,8 +40,8 @@ class QuantizedLayer(nn.Module):
     """Those of them that may never be seen, because another quantizer serves them."""
 
     quant_config: LayerConfig
-    weight_quantizer: Quantizer | nn.ModuleDict | None
-    input_quantizer: Quantizer | nn.ModuleDict | None
+    weight_quantizer: nn.Module | None
+    input_quantizer: nn.Module | None
 
     @classmethod
     def accepts(cls, layer: nn.Module) -> bool:
@@ -107,14 +107,14 @@ class QuantizedLayer(nn.Module):
         return _quantize(self.input_quantizer, x, name, samples, dtype)
 
 
-def _by_name(held: Quantizer | nn.ModuleDict | None, role: str) -> dict[str, Quantizer]:
-    if isinstance(held, nn.ModuleDict):
-        return dict(held.items())  # type: ignore[arg-type]  # it holds nothing but quantizers
-    return {} if held is None else {role: held}
+def _by_name(held: nn.Module | None, role: str) -> dict[str, Quantizer]:
+    named = dict(held.items()) if isinstance(held, nn.ModuleDict) else {role: held}
+    # what an export has put in their place learns no more
+    return {name: quantizer for name, quantizer in named.items() if isinstance(quantizer, Quantizer)}
 
 
 def _quantize(
-    held: Quantizer | nn.ModuleDict | None,
+    held: nn.Module | None,
     x: Tensor,
     name: str,
     samples: int | None = None,

@@ -91,7 +91,7 @@ class Quantizer(nn.Module, ABC):
         self.reset_parameters()
         # nn.TransformerEncoderLayer has a fused path in eval mode that never calls its Linear layers; it takes
         # the ordinary one where any submodule has a hook.
-        self.register_forward_hook(_ordinary_path)
+        self.register_forward_hook(ordinary_path)
 
     def reset_parameters(self) -> None:
         """Back to before calibration: step 1, identity. Also how meta tensors are materialized."""
@@ -248,5 +248,5 @@ class Quantizer(nn.Module, ABC):
         return f"{self.n_bits} bits, {sign}, steps={self.initial_step.numel()}, calibrated={self.is_calibrated}"
 
 
-def _ordinary_path(module: nn.Module, args: Any, output: Any) -> None:
+def ordinary_path(module: nn.Module, args: Any, output: Any) -> None:
     """Does nothing; that it is there keeps ``nn.TransformerEncoderLayer`` from bypassing the quantizers."""
