@@ -20,8 +20,8 @@ def fold(module: Module) -> Module:
 
     In eval mode and without gradients the copy gives the outputs of ``module`` to the last bit (on the CPU). Its state
     dict has the keys of the float model, so that its weights load into one, and
-    ``torch.export.export(fold(module), sample)`` gives a program that runs without this package. Layers whose inputs are
-    not quantized are torch's classes again.
+    ``torch.export.export(fold(module), sample)`` gives a program that runs without this package. Layers whose inputs
+    are not quantized are torch's classes again.
 
     Two limits: torch's fake quantization does not keep NaN; and an ``nn.TransformerEncoderLayer`` of which only weights
     are quantized may take torch's fused path again, which rounds differently.

@@ -34,8 +34,8 @@ def integer_state_dict(module: nn.Module) -> dict[str, Tensor]:
     - ``<key>.layout``: int64, ``(bits, channel axis or -1, *shape)``.
 
     A quantized input is there as ``<layer>.input.scale``, ``.zero_point`` or ``.levels``, ``.layout``
-    ``(bits, number of levels)``, and for LSQ+ ``.offset``, which is added to the value; of layers with several inputs as
-    ``<layer>.query`` and so on. All else keeps its key and dtype.
+    ``(bits, number of levels)``, and for LSQ+ ``.offset``, which is added to the value; of layers with several inputs
+    as ``<layer>.query`` and so on. All else keeps its key and dtype.
 
     Args:
         module: a calibrated module; it is not changed.
@@ -83,11 +83,10 @@ def load_integers(module: Module, state: Mapping[str, Tensor] | str | PathLike[s
         ValueError: if ``module`` has quantizers.
         RuntimeError: if keys or shapes do not fit, as of ``load_state_dict``.
     """
-    if not isinstance(state, Mapping):
-        state = _safetensors().load_file(Path(state))
+    left = dict(state if isinstance(state, Mapping) else _safetensors().load_file(Path(state)))
     if any(isinstance(layer, QuantizedLayer) for layer in module.modules()):
         raise ValueError(f"`module` must be the float model, got a {type(module).__name__} with quantized layers.")
-    loaded, left = copy.deepcopy(module).eval(), dict(state)
+    loaded = copy.deepcopy(module).eval()
     named = [(name, m) for name, m in loaded.named_modules(remove_duplicate=False) if type(m) in QUANTIZED_LAYERS]
     for name, layer in reversed(named):  # children first
         kind = QUANTIZED_LAYERS.get(type(layer), type(layer))  # one that has two names is done already under the second
