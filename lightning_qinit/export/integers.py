@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lightning_qinit.export.codes import weight_codes
 from lightning_qinit.export.fold import fold, freeze, frozen_inputs
 from lightning_qinit.export.frozen import FrozenQuantizer, Unquantized
 from lightning_qinit.export.packing import pack, unpack
 from lightning_qinit.functional.fake_quantize import broadcast_channels
-from lightning_qinit.functional.levels import is_run, thresholds
+from lightning_qinit.functional.levels import is_run
 from lightning_qinit.insertion import QUANTIZED_LAYERS, QuantizedLayer
 from lightning_qinit.quantizers import Quantizer
 
@@ -50,10 +51,8 @@ def integer_state_dict(module: nn.Module) -> dict[str, Tensor]:
         for weight, quantizer in zip(layer.weight_names(layer), layer.weight_quantizers().values(), strict=False):
             if quantizer.active:
                 key = _joined(name, weight)
-                parts = _packed(quantizer, state[key])
-                if not torch.equal(_unpacked(parts).to(state[key].dtype), state.pop(key)):
-                    kind = type(quantizer).__name__
-                    raise ValueError(f"`{key}` cannot be exported: what its {kind} gives is no level times the step.")
+                del state[key]
+                parts = _packed(quantizer, getattr(layer, weight), key)
                 state |= {f"{key}.{part}": value for part, value in parts.items()}
         for what, frozen in frozen_inputs(layer).items():
             if isinstance(frozen, FrozenQuantizer):
@@ -122,14 +121,11 @@ def _taken(state: dict[str, Tensor], key: str) -> dict[str, Tensor]:
     return {part: state.pop(f"{key}.{part}") for part in PARTS if f"{key}.{part}" in state}
 
 
-def _packed(quantizer: Quantizer, baked: Tensor) -> dict[str, Tensor]:
-    levels, axis = quantizer.levels.to(baked.device), quantizer.channel_axis
-    scale = quantizer.step.to(torch.promote_types(baked.dtype, torch.float32))
-    v = baked / broadcast_channels(scale, baked, axis)
-    codes = torch.bucketize(v.contiguous(), thresholds(levels).to(v.dtype))
-    bits = (len(levels) - 1).bit_length()
-    layout = torch.tensor([bits, -1 if axis is None else axis, *baked.shape])
-    return {"codes": pack(codes, bits), "scale": scale, "layout": layout, **_grid(levels.to(scale.dtype))}
+def _packed(quantizer: Quantizer, weight: Tensor, key: str) -> dict[str, Tensor]:
+    codes, scale, levels = weight_codes(quantizer, weight, key)
+    axis, bits = quantizer.channel_axis, (len(levels) - 1).bit_length()
+    layout = torch.tensor([bits, -1 if axis is None else axis, *weight.shape])
+    return {"codes": pack(codes, bits), "scale": scale, "layout": layout, **_grid(levels)}
 
 
 def _unpacked(parts: dict[str, Tensor]) -> Tensor:

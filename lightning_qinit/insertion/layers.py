@@ -350,6 +350,7 @@ class _QuantRecurrent(QuantizedLayer, nn.RNNBase):
             input = input._replace(data=self.quantize_input(input.data, samples=samples))
         else:
             input = self.quantize_input(input)
+        self._update_flat_weights()  # torch does so below where weights are other objects now, as in torch.export
         flat: Any = self._flat_weights
         self._flat_weights = [
             self.quantize_weight(weight, name) if name.startswith("weight") else weight

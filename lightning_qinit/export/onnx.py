@@ -1,0 +1,132 @@
+"""A quantized model as a standard ONNX graph of integers: QuantizeLinear and DequantizeLinear."""
+
+import copy
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qinit.export.codes import weight_codes
+from lightning_qinit.export.fold import check_foldable, frozen_inputs
+from lightning_qinit.export.frozen import FrozenQuantizer
+from lightning_qinit.export.operators import IntegerInput, IntegerWeight, narrow_weights, translations
+from lightning_qinit.export.snap import snap_offsets
+from lightning_qinit.insertion import named_quantizers, quantized_layers
+from lightning_qinit.quantizers import Quantizer
+
+OPSET = 21  # the first with 4-bit integers
+
+
+@dataclass(frozen=True)
+class OnnxReport:
+    """What an export had to change.
+
+    Attributes:
+        zero_points: the integer zero point of each input that had an offset, by the name of its quantizer.
+        change: how far their rounding moved the output for the sample: the norm of the difference relative to that of
+            the output; 0 if there are no offsets.
+    """
+
+    zero_points: dict[str, int]
+    change: float
+
+
+@torch.no_grad()
+def export_onnx(module: nn.Module, sample: Any, path: str | PathLike[str], **options: Any) -> OnnxReport:
+    """Write a calibrated module as an ONNX file whose weights are integers.
+
+    Weights of up to 4 bits are stored as INT4, wider ones as INT8, and pass DequantizeLinear, with a step per channel
+    where they have one; levels that are no integers are looked up by their code. Inputs pass QuantizeLinear, Clip where
+    the integer type holds more than the levels, and DequantizeLinear. The offset of LSQ+ becomes an integer zero point
+    (see :func:`~lightning_qinit.export.snap_offsets`).
+
+    Runtimes divide by the step where torch multiplies with its reciprocal, so a value on a rounding boundary may go to
+    the neighbouring level. Turn the optimizations of a runtime off to compare: some compute in integers and round in
+    other places.
+
+    Args:
+        module: a calibrated module in float32; it is not changed.
+        sample: what the module is called with: a tensor, a tuple of arguments, or a mapping of keyword arguments.
+        path: where to write.
+        **options: passed on to ``torch.onnx.export``, such as ``input_names`` or ``dynamic_shapes``.
+
+    Returns:
+        What rounding the offsets changed.
+
+    Raises:
+        ValueError: if no quantizer is calibrated, or a layer cannot be exported. Nothing is written then.
+        ModuleNotFoundError: without the packages of the extra ``export``.
+    """
+    check_foldable(module)
+    _check_inputs(module)
+    try:
+        table = translations()
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "ONNX export needs onnx and onnxscript, which are not installed: `pip install 'lightning-qinit[export]'`."
+        ) from error
+    args = () if isinstance(sample, Mapping) else sample if isinstance(sample, tuple) else (sample,)
+    kwargs = dict(sample) if isinstance(sample, Mapping) else {}
+    exported = copy.deepcopy(module).eval()
+    zero_points, change = snap_offsets(exported), 0.0
+    if zero_points:
+        change = _distance(copy.deepcopy(module).eval()(*args, **kwargs), exported(*args, **kwargs))
+    _to_integers(exported)
+    settings = {"opset_version": OPSET, "verbose": False, "custom_translation_table": table, **options}
+    with warnings.catch_warnings():  # which torch gives for every recurrent layer
+        warnings.filterwarnings("ignore", message=r"(?s)The tensor attributes? .*_flat_weights")
+        program: Any = torch.onnx.export(exported, args, kwargs=kwargs, dynamo=True, **settings)
+    narrow_weights(program.model)
+    program.save(path)
+    return OnnxReport(zero_points, change)
+
+
+def _check_inputs(module: nn.Module) -> None:
+    for name, quantizer in named_quantizers(quantized_layers(module)).items():
+        if quantizer.active and quantizer.batch_axis is not None and not quantizer.uniform:
+            kind = type(quantizer).__name__
+            raise ValueError(
+                f"`{name}` cannot be exported: the levels of its {kind} are not consecutive integers, which "
+                "QuantizeLinear rounds to; use 'lsq', 'lsq+' or 'pact' for inputs (weights are looked up)."
+            )
+
+
+def _to_integers(module: nn.Module) -> None:
+    """Put integers in the place of all quantizers of a module."""
+    for layer_name, layer in quantized_layers(module).items():
+        frozen = frozen_inputs(layer)
+        inputs = {name: _integer_input(f) if isinstance(f, FrozenQuantizer) else f for name, f in frozen.items()}
+        held = layer.weight_quantizers()
+        weights = {name: _integer_weight(held[name], w, f"{layer_name}.{name}") for name, w in layer.weights().items()}
+        layer.weight_quantizer = _held(weights, layer.weight_quantizer)
+        layer.input_quantizer = _held(inputs, layer.input_quantizer)
+
+
+def _held(named: Mapping[str, nn.Module], before: nn.Module | None) -> nn.Module | None:
+    if isinstance(before, nn.ModuleDict):
+        return nn.ModuleDict(named)
+    return next(iter(named.values()), None)
+
+
+def _integer_input(frozen: FrozenQuantizer) -> IntegerInput:
+    zero_point = 0 if frozen.offset is None else round(-frozen.offset / frozen.scale)
+    return IntegerInput(frozen.scale, zero_point, int(frozen.levels[0]), int(frozen.levels[-1]))
+
+
+def _integer_weight(quantizer: Quantizer, weight: Tensor, name: str) -> nn.Module:
+    if not quantizer.active:
+        return quantizer
+    return IntegerWeight(*weight_codes(quantizer, weight, name), quantizer.channel_axis)
+
+
+def _distance(before: Any, after: Any) -> float:
+    """Of all tensors in two outputs of one structure."""
+    first, second = (
+        [t.flatten().double() for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, Tensor)]
+        for output in (before, after)
+    )
+    return float((torch.cat(first) - torch.cat(second)).norm() / torch.cat(first).norm())

@@ -1,0 +1,43 @@
+"""Offsets of LSQ+ as integer zero points."""
+
+import torch
+from torch import nn
+
+from lightning_qinit.functional.sharded import copy_whole
+from lightning_qinit.insertion import named_quantizers, quantized_layers
+from lightning_qinit.quantizers import LSQPlus, Quantizer
+
+SPAN = 255  # between the outermost of the codes and the zero point, which share one 8-bit type
+
+
+@torch.no_grad()
+def snap_offsets(module: nn.Module) -> dict[str, int]:
+    """Move every offset to a whole number of steps, in place, and let it and its step learn no more.
+
+    Integer hardware adds an integer zero point, ``z = round(-offset / step)``; LSQ+ learns a real offset. Call this
+    before the last epochs, so that the weights make up for the rounding. Where ``z`` would lie too far from the codes
+    for 8 bits, it is the nearest that does not.
+
+    Args:
+        module: a calibrated module.
+
+    Returns:
+        The zero points by the names of the quantizers, as in the logs; empty if there are no offsets.
+    """
+    zero_points = {}
+    for name, quantizer in named_quantizers(quantized_layers(module)).items():
+        if quantizer.active and isinstance(quantizer, LSQPlus) and quantizer.has_offset:
+            zero_points[name] = zero_point(quantizer)
+            offset = -zero_points[name] * quantizer.step
+            relative = (offset - quantizer.initial_offset) / quantizer.initial_step
+            copy_whole(quantizer.relative_offset, relative)
+            quantizer.requires_grad_(False)
+    return zero_points
+
+
+def zero_point(quantizer: Quantizer) -> int:
+    """The integer code that stands for a value of about 0."""
+    if quantizer.offset is None:
+        return 0
+    exact = -float(quantizer.offset) / float(quantizer.step)
+    return round(min(max(exact, quantizer.high - SPAN), quantizer.low + SPAN))

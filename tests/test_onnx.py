@@ -1,0 +1,125 @@
+"""onnxruntime gives the answers of the fake-quantized module."""
+
+import copy
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from test_export import CASES, SETTINGS, case
+from torch import Tensor, nn
+
+from lightning_qinit import calibrate, prepare
+from lightning_qinit.export import export_onnx, snap_offsets
+
+
+def run(path: Path, *inputs: Tensor, optimized: bool = False) -> Tensor:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    if not optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    named = {entry.name: x.numpy() for entry, x in zip(session.get_inputs(), inputs, strict=True)}
+    return torch.from_numpy(session.run(None, named)[0])
+
+
+def types(path: Path) -> set[str]:
+    """Integer types of the tensors that the file holds, those of shapes and indices aside."""
+    kinds = {onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in onnx.load(path).graph.initializer}
+    return kinds - {"FLOAT", "INT64", "INT32", "BOOL"}
+
+
+@pytest.mark.parametrize(
+    "settings", SETTINGS[0:1] + SETTINGS[2:5], ids=lambda settings: "-".join(map(str, settings.values()))
+)
+@pytest.mark.parametrize("name", CASES)
+def test_onnxruntime_computes_what_the_module_does(name: str, settings: dict, tmp_path: Path):
+    if settings.get("quantizer") == "apot":
+        settings = {**settings, "activation_quantizer": "lsq"}
+    _, module, x = case(name, **settings)
+    report = export_onnx(module, x, tmp_path / "model.onnx")
+    assert bool(report.zero_points) == (settings.get("quantizer") == "lsq+" and name != "bag")
+    with torch.no_grad():
+        before = module(x)
+        assert snap_offsets(module) == report.zero_points
+        expected = module(x)
+    if report.zero_points:
+        change = (expected - before).double().norm() / before.double().norm()
+        assert report.change == pytest.approx(float(change), rel=1e-6)
+    # sums in another order, of up to 144 products: a few roundings of float32
+    torch.testing.assert_close(run(tmp_path / "model.onnx", x), expected, rtol=1e-5, atol=1e-5)
+    float_module, _, _ = case(name, **settings)
+    with torch.no_grad():
+        assert (float_module(x) - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(2, "INT4"), (4, "INT4"), (5, "INT8"), (8, "INT8")])
+def test_weights_are_stored_in_the_narrowest_type(bits: int, expected: str, tmp_path: Path):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(300, 200))  # more than what the exporter folds as a constant by itself
+    prepare(module, weight_bits=bits, activation_bits=None, first_last_bits=None)
+    x = torch.randn(2, 300)
+    calibrate(module, [x])
+    export_onnx(module, x, tmp_path / "model.onnx")
+    onnx.checker.check_model(onnx.load(tmp_path / "model.onnx"), full_check=True)
+    assert types(tmp_path / "model.onnx") == {expected}
+    stored = (tmp_path / "model.onnx").stat().st_size
+    assert stored < 200 * 300 * int(expected[-1]) // 8 + 8000  # steps, biases and the graph
+    with torch.no_grad():
+        torch.testing.assert_close(run(tmp_path / "model.onnx", x), module.eval()(x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_zero_points_stay_where_they_are_in_further_training():
+    _, module, x = case("conv1d", quantizer="lsq+", weight_bits=4, activation_bits=4)
+    points = snap_offsets(module)
+    assert set(points) == {"0.input", "2.input"}
+    quantizer = module[0].input_quantizer
+    assert float(quantizer.offset / quantizer.step) == pytest.approx(-points["0.input"], rel=1e-5)
+    before = quantizer.step.clone(), quantizer.offset.clone()
+    optimizer = torch.optim.SGD((p for p in module.parameters() if p.requires_grad), 0.1)
+    module.train()(x).square().mean().backward()
+    optimizer.step()
+    assert torch.equal(quantizer.step, before[0]) and torch.equal(quantizer.offset, before[1])
+    assert snap_offsets(module) == points
+
+
+def test_a_zero_point_far_from_the_codes_is_brought_within_8_bits(tmp_path: Path):
+    torch.manual_seed(0)
+    module = prepare(nn.Sequential(nn.Linear(6, 4)), quantizer="lsq+", activation_bits=4, first_last_bits=None)
+    x = torch.rand(64, 6) + 5  # at a step of 1/15, 75 of them from 0
+    calibrate(module, [x])
+    report = export_onnx(module, x, tmp_path / "model.onnx")
+    assert report.zero_points["0.input"] < -50 and report.change < 0.01
+    with torch.no_grad():
+        snap_offsets(module)
+        torch.testing.assert_close(run(tmp_path / "model.onnx", x), module.eval()(x), rtol=1e-5, atol=1e-5)
+    module[0].input_quantizer.initial_offset.add_(100)  # now 1600 of them
+    assert snap_offsets(module)["0.input"] == 15 - 255
+
+
+def test_options_reach_the_exporter_and_arguments_may_be_named(tmp_path: Path):
+    _, module, x = case("small-net", weight_bits=4, activation_bits=4)
+    batch = torch.export.Dim("batch")
+    export_onnx(module, {"x": x}, tmp_path / "model.onnx", dynamic_shapes={"x": {0: batch}}, output_names=["logits"])
+    more = torch.cat((x, x + 0.1, x - 0.1))
+    with torch.no_grad():
+        torch.testing.assert_close(run(tmp_path / "model.onnx", more), module(more), rtol=1e-5, atol=1e-5)
+    assert [entry.name for entry in onnx.load(tmp_path / "model.onnx").graph.output] == ["logits"]
+
+
+def test_the_optimized_graph_agrees_but_for_rounding(tmp_path: Path):
+    _, module, x = case("small-net", weight_bits=8, activation_bits=8)
+    export_onnx(module, x, tmp_path / "model.onnx")
+    with torch.no_grad():
+        expected = module(x)
+    assert (run(tmp_path / "model.onnx", x, optimized=True) - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_inputs_whose_levels_are_no_integers_are_refused_before_anything_is_written(tmp_path: Path):
+    _, module, x = case("small-net", quantizer="apot", weight_bits=4, activation_bits=4)
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(ValueError, match="`stem.input` cannot be exported: the levels of its APoT are not consecutive"):
+        export_onnx(module, x, tmp_path / "model.onnx")
+    assert not (tmp_path / "model.onnx").exists()
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
