@@ -17,6 +17,7 @@ from lightning_qinit.calibration.initialize import WIDTHS
 from lightning_qinit.calibration.run import choose_in_training
 from lightning_qinit.checkpoint import differences, has_quantizers, saved_settings
 from lightning_qinit.config import CalibrationConfig, LayerConfig, QuantConfig, plain, shorten
+from lightning_qinit.export.best import check_calibrated, check_can_export, check_path, export_best
 from lightning_qinit.initializers import Initializer
 from lightning_qinit.insertion import (
     adopt_steps,
@@ -105,6 +106,9 @@ class QuantInitCallback(Callback):
             operations, on large tensors and where a compiler is found (the first run compiles for some seconds; a
             ``fast_dev_run`` does not); ``"compiled"`` always, and fails where it cannot; ``"eager"`` never.
         print_report: whether to print the table of steps and errors after calibration.
+        export: where to write the best checkpoint at the end of ``fit``, or the module as it is then if the trainer
+            keeps no checkpoints: ``"model.onnx"`` as an ONNX graph for the module's ``example_input_array``,
+            ``"model.safetensors"`` as packed integers (see :mod:`lightning_qinit.export`). Not in a ``fast_dev_run``.
 
     Attributes:
         report: the rows of that table; empty before calibration and in a resumed run.
@@ -142,6 +146,7 @@ class QuantInitCallback(Callback):
         freeze_oscillating: float | None = None,
         kernels: Kernels = "auto",
         print_report: bool = True,
+        export: str | None = None,
     ) -> None:
         default = LayerConfig(
             weight_bits=weight_bits,
@@ -180,6 +185,7 @@ class QuantInitCallback(Callback):
         self.log_costly_every, self.log_figures = log_costly_every, log_figures
         self.kernels = check_kernels(kernels)
         self.print_report = print_report
+        self.export = check_path(export)
         self.report: list[ReportRow] = []
         self._quantizers: list[Quantizer] = []
         self._shown: list[str] = []  # the quantizers that there are pictures of
@@ -200,6 +206,8 @@ class QuantInitCallback(Callback):
                 '`fit`, or use `strategy="ddp"`.'
             )
         self._check_order(trainer)
+        if self.export is not None and stage == "fit":
+            check_can_export(trainer, pl_module, self.export)
         self._check_before_loading(trainer, pl_module)
         self._calibrates = stage == "fit"
         builds_late = _trainer.overrides(pl_module, "setup") or _trainer.overrides(pl_module, "configure_model")
@@ -312,6 +320,12 @@ class QuantInitCallback(Callback):
             publish_end_figures(trainer, pl_module, self._monitor, self._shown, _trainer.logging_step(trainer))
             final = {f"final {name}": float(trainer.callback_metrics[name]) for name in AGGREGATES}
             tensorboard.add_hparams(trainer, plain(self.config), final)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export the best checkpoint, if asked to: all have been written by now."""
+        if self.export is not None and trainer.is_global_zero and not _trainer.is_dry_run(trainer):
+            export_best(trainer, pl_module, self.export)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -450,6 +464,8 @@ class QuantInitCallback(Callback):
         for copy in _trainer.averaged_modules(trainer):
             copy_quantizers(pl_module, copy)
         warn_blind(starts)
+        if self.export is not None:
+            check_calibrated(pl_module, self.export)
         self.report = [make_row(start) for start in starts]
         self._publish(trainer, aggregates([row.error for row in self.report]))
         nonfinite = [name for name, sketch in seen.inputs.items() if sketch.nonfinite]

@@ -3,15 +3,19 @@
 import copy
 from pathlib import Path
 
+import lightning.pytorch as pl
 import onnx
 import onnxruntime
 import pytest
 import torch
+from conftest import SmallNet, loader, small_data
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
 from test_export import CASES, SETTINGS, case
 from torch import Tensor, nn
 
-from lightning_qinit import calibrate, prepare
-from lightning_qinit.export import export_onnx, snap_offsets
+from lightning_qinit import QuantInitCallback, calibrate, load_from_checkpoint, prepare
+from lightning_qinit.export import export_onnx, load_integers, snap_offsets
 
 
 def run(path: Path, *inputs: Tensor, optimized: bool = False) -> Tensor:
@@ -123,3 +127,72 @@ def test_inputs_whose_levels_are_no_integers_are_refused_before_anything_is_writ
         export_onnx(module, x, tmp_path / "model.onnx")
     assert not (tmp_path / "model.onnx").exists()
     torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+
+
+class WithExample(SmallNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.example_input_array = torch.zeros(1, 1, 6, 6)
+
+
+def trainer(tmp_path: Path, callback: QuantInitCallback, **settings: object) -> pl.Trainer:
+    checkpoints = ModelCheckpoint(tmp_path / "checkpoints", monitor="val_loss")
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    return pl.Trainer(default_root_dir=tmp_path, callbacks=[callback, checkpoints], **quiet | settings)
+
+
+@pytest.mark.parametrize("name", ["out/model.onnx", "out/model.safetensors"])
+def test_the_callback_exports_the_best_checkpoint(name: str, tmp_path: Path):
+    pl.seed_everything(0)
+    callback = QuantInitCallback(weight_bits=3, activation_bits=3, export=str(tmp_path / name), print_report=False)
+    module = WithExample()
+    module.learning_rate = 0.5  # so that the last epoch is not the best
+    fit = trainer(tmp_path, callback, max_epochs=6)
+    fit.fit(module, loader(shuffle=False), loader(shuffle=False))
+    best = load_from_checkpoint(WithExample, fit.checkpoint_callback.best_model_path).eval()
+    x = small_data(1)[0][0][None]
+    with torch.no_grad():
+        expected = best(x)
+        assert (module.eval()(x) - expected).abs().max() > 1e-3
+        if name.endswith("onnx"):
+            actual = run(tmp_path / name, x)
+        else:
+            actual = load_integers(WithExample(), tmp_path / name)(x)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_without_checkpoints_the_module_itself_is_exported(tmp_path: Path):
+    callback = QuantInitCallback(export=str(tmp_path / "model.onnx"), print_report=False)
+    module = WithExample()
+    fit = pl.Trainer(
+        default_root_dir=tmp_path,
+        callbacks=[callback],
+        enable_checkpointing=False,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+        max_steps=2,
+    )
+    fit.fit(module, loader())
+    x = small_data(1)[0][0][None]
+    with torch.no_grad():
+        torch.testing.assert_close(run(tmp_path / "model.onnx", x), module.eval()(x), rtol=1e-5, atol=1e-5)
+    assert all(quantizer.is_calibrated for quantizer in module.stem.quantizers().values())  # the module is as it was
+
+
+def test_what_the_callback_could_not_export_is_said_before_training(tmp_path: Path):
+    with pytest.raises(ValueError, match="`export` must be a path that ends in '.onnx' or '.safetensors', got 'm.pt'"):
+        QuantInitCallback(export="m.pt")
+    path = str(tmp_path / "model.onnx")
+    with pytest.raises(MisconfigurationException, match="needs `example_input_array` in SmallNet"):
+        trainer(tmp_path, QuantInitCallback(export=path), max_epochs=1).fit(SmallNet(), loader())
+    module = WithExample()
+    before = copy.deepcopy(dict(module.named_parameters()))
+    with pytest.raises(ValueError, match="`stem.input` cannot be exported"):
+        callback = QuantInitCallback(quantizer="apot", export=path, print_report=False)
+        trainer(tmp_path, callback, max_epochs=1).fit(module, loader())
+    after = dict(module.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    trainer(tmp_path, QuantInitCallback(export=path), fast_dev_run=True).fit(WithExample(), loader())
+    assert not Path(path).exists()

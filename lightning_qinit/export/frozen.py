@@ -30,6 +30,7 @@ class FrozenQuantizer(nn.Module):
         self.register_forward_hook(ordinary_path)
 
     @classmethod
+    @torch.no_grad()
     def of(cls, quantizer: Quantizer) -> "FrozenQuantizer":
         """What an active quantizer does from here on if it learns no more.
 

@@ -1,6 +1,7 @@
 """A quantized model as integers: packed codes, steps and zero points."""
 
 import copy
+import importlib
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -62,7 +63,7 @@ def integer_state_dict(module: nn.Module) -> dict[str, Tensor]:
 
 def save_integers(module: nn.Module, path: str | PathLike[str]) -> None:
     """Write :func:`integer_state_dict` to a safetensors file (of the extra ``export``)."""
-    _safetensors().save_file(integer_state_dict(module), Path(path))
+    safetensors().save_file(integer_state_dict(module), Path(path))
 
 
 @torch.no_grad()
@@ -82,7 +83,7 @@ def load_integers(module: Module, state: Mapping[str, Tensor] | str | PathLike[s
         ValueError: if ``module`` has quantizers.
         RuntimeError: if keys or shapes do not fit, as of ``load_state_dict``.
     """
-    left = dict(state if isinstance(state, Mapping) else _safetensors().load_file(Path(state)))
+    left = dict(state if isinstance(state, Mapping) else safetensors().load_file(Path(state)))
     if any(isinstance(layer, QuantizedLayer) for layer in module.modules()):
         raise ValueError(f"`module` must be the float model, got a {type(module).__name__} with quantized layers.")
     loaded = copy.deepcopy(module).eval()
@@ -103,14 +104,14 @@ def load_integers(module: Module, state: Mapping[str, Tensor] | str | PathLike[s
     return loaded
 
 
-def _safetensors() -> Any:
+def safetensors() -> Any:
+    """``safetensors.torch``, or ``ModuleNotFoundError`` that says how to get it."""
     try:
-        import safetensors.torch
+        return importlib.import_module("safetensors.torch")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "Files of integers need safetensors, which is not installed: `pip install 'lightning-qinit[export]'`."
         ) from error
-    return safetensors.torch
 
 
 def _joined(name: str, child: str) -> str:

@@ -62,13 +62,8 @@ def export_onnx(module: nn.Module, sample: Any, path: str | PathLike[str], **opt
         ModuleNotFoundError: without the packages of the extra ``export``.
     """
     check_foldable(module)
-    _check_inputs(module)
-    try:
-        table = translations()
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "ONNX export needs onnx and onnxscript, which are not installed: `pip install 'lightning-qinit[export]'`."
-        ) from error
+    check_inputs(module)
+    table = translation_table()
     args = () if isinstance(sample, Mapping) else sample if isinstance(sample, tuple) else (sample,)
     kwargs = dict(sample) if isinstance(sample, Mapping) else {}
     exported = copy.deepcopy(module).eval()
@@ -85,7 +80,18 @@ def export_onnx(module: nn.Module, sample: Any, path: str | PathLike[str], **opt
     return OnnxReport(zero_points, change)
 
 
-def _check_inputs(module: nn.Module) -> None:
+def translation_table() -> dict[Any, Any]:
+    """How the operators here are translated, or ``ModuleNotFoundError`` that says what to install."""
+    try:
+        return translations()
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "ONNX export needs onnx and onnxscript, which are not installed: `pip install 'lightning-qinit[export]'`."
+        ) from error
+
+
+def check_inputs(module: nn.Module) -> None:
+    """Raise ``ValueError``, naming the quantizer, if an input has levels that QuantizeLinear does not have."""
     for name, quantizer in named_quantizers(quantized_layers(module)).items():
         if quantizer.active and quantizer.batch_axis is not None and not quantizer.uniform:
             kind = type(quantizer).__name__
