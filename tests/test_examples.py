@@ -36,6 +36,16 @@ def test_quickstart(tmp_path: Path) -> None:
     assert list((tmp_path / "runs").rglob("events.out.tfevents.*"))
 
 
+def test_deploy(tmp_path: Path) -> None:
+    run(tmp_path, str(EXAMPLES / "quickstart.py"), "--epochs=2", "--qat-epochs=1")
+    out = run(tmp_path, str(EXAMPLES / "deploy.py"), "--latency=squeezenet1_1", "--size=64")
+    table = out[out.index("over 360 test samples") :].splitlines()
+    torch_, written, optimized = (line.split()[-3:] for line in table[1:4])
+    assert written[0] == torch_[-1] and int(written[1]) == 360 and float(written[2]) < 1e-4
+    assert abs(float(optimized[0][:-1]) - float(torch_[-1][:-1])) < 0.3  # one of 360 images
+    assert "times as fast" in out and (tmp_path / "classifier.onnx").stat().st_size < 80_000  # 312 kB in float
+
+
 def test_cli_reads_the_yaml_and_the_command_line(tmp_path: Path) -> None:
     base = [str(EXAMPLES / "cli.py"), "fit", "--config", str(EXAMPLES / "config.yaml")]
     overrides = ["--trainer.callbacks.weight_bits=2", "--trainer.callbacks.initializer=lsq"]

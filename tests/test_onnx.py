@@ -68,8 +68,9 @@ def test_weights_are_stored_in_the_narrowest_type(bits: int, expected: str, tmp_
     export_onnx(module, x, tmp_path / "model.onnx")
     onnx.checker.check_model(onnx.load(tmp_path / "model.onnx"), full_check=True)
     assert types(tmp_path / "model.onnx") == {expected}
+    assert b".py" not in (tmp_path / "model.onnx").read_bytes()  # no traces of where it was written
     stored = (tmp_path / "model.onnx").stat().st_size
-    assert stored < 200 * 300 * int(expected[-1]) // 8 + 8000  # steps, biases and the graph
+    assert stored < 200 * 300 * int(expected[-1]) // 8 + 4000  # steps, biases and the graph
     with torch.no_grad():
         torch.testing.assert_close(run(tmp_path / "model.onnx", x), module.eval()(x), rtol=1e-5, atol=1e-5)
 
@@ -196,3 +197,29 @@ def test_what_the_callback_could_not_export_is_said_before_training(tmp_path: Pa
     assert all(torch.equal(after[name], value) for name, value in before.items())
     trainer(tmp_path, QuantInitCallback(export=path), fast_dev_run=True).fit(WithExample(), loader())
     assert not Path(path).exists()
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_batchnorm_is_folded_into_the_steps(per_channel: bool, tmp_path: Path):
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv2d(2, 5, 3, bias=False), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 4, 1), nn.BatchNorm2d(4)
+    )
+    for norm in (module[1], module[4]):
+        nn.init.normal_(norm.weight)  # of either sign
+        nn.init.normal_(norm.bias)
+    x = torch.randn(16, 2, 6, 6)
+    module.train()(x)
+    prepare(module.eval(), per_channel=per_channel, first_last_bits=None)
+    calibrate(module, [x])
+    export_onnx(module, x, tmp_path / "model.onnx", batchnorm=True)
+    graph = onnx.load(tmp_path / "model.onnx")
+    onnx.checker.check_model(graph, full_check=True)
+    assert {node.op_type for node in graph.graph.node} == {"QuantizeLinear", "DequantizeLinear", "Conv", "Relu"}
+    used = {name for node in graph.graph.node for name in node.input}
+    assert all(tensor.name in used for tensor in graph.graph.initializer)
+    assert types(tmp_path / "model.onnx") == {"INT4", "UINT4"}
+    actual, expected = run(tmp_path / "model.onnx", x), module(x).detach()
+    # a value of the hidden layer may fall on the other side of a rounding boundary
+    differs = (actual - expected).abs() > 1e-4 * expected.abs().max()
+    assert differs.double().mean() < 1e-3

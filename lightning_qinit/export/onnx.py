@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qinit.export.batchnorm import fold_batchnorm
 from lightning_qinit.export.codes import weight_codes
 from lightning_qinit.export.fold import check_foldable, frozen_inputs
 from lightning_qinit.export.frozen import FrozenQuantizer
@@ -36,7 +37,9 @@ class OnnxReport:
 
 
 @torch.no_grad()
-def export_onnx(module: nn.Module, sample: Any, path: str | PathLike[str], **options: Any) -> OnnxReport:
+def export_onnx(
+    module: nn.Module, sample: Any, path: str | PathLike[str], batchnorm: bool = False, **options: Any
+) -> OnnxReport:
     """Write a calibrated module as an ONNX file whose weights are integers.
 
     Weights of up to 4 bits are stored as INT4, wider ones as INT8, and pass DequantizeLinear, with a step per channel
@@ -52,6 +55,8 @@ def export_onnx(module: nn.Module, sample: Any, path: str | PathLike[str], **opt
         module: a calibrated module in float32; it is not changed.
         sample: what the module is called with: a tensor, a tuple of arguments, or a mapping of keyword arguments.
         path: where to write.
+        batchnorm: fold BatchNorm into the steps and the bias of the convolution before it, which changes outputs by
+            float rounding only and lets runtimes with integer kernels use them.
         **options: passed on to ``torch.onnx.export``, such as ``input_names`` or ``dynamic_shapes``.
 
     Returns:
@@ -76,6 +81,10 @@ def export_onnx(module: nn.Module, sample: Any, path: str | PathLike[str], **opt
         warnings.filterwarnings("ignore", message=r"(?s)The tensor attributes? .*_flat_weights")
         program: Any = torch.onnx.export(exported, args, kwargs=kwargs, dynamo=True, **settings)
     narrow_weights(program.model)
+    if batchnorm:
+        fold_batchnorm(program.model)
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # stack traces, longer than the graph and full of local paths
     program.save(path)
     return OnnxReport(zero_points, change)
 

@@ -1,0 +1,70 @@
+"""BatchNorm as part of the step of the convolution before it."""
+
+from typing import Any
+
+import numpy as np
+
+
+def fold_batchnorm(model: Any) -> int:
+    """Fold BatchNormalization into the steps and the bias of convolutions with integer weights, in place.
+
+    The codes stay: ``(w * codes) * x`` followed by ``g * (. - m) + b`` is a convolution of the same codes with the step
+    ``w * g`` and the bias ``b - g * m``. Runtimes with integer kernels look for nothing between the convolution and the
+    quantizer after it.
+
+    Args:
+        model: an ``onnx_ir.Model``.
+
+    Returns:
+        How many were folded.
+    """
+    folded = 0
+    for norm in list(model.graph):
+        conv = norm.inputs[0].producer() if norm.op_type == "BatchNormalization" else None
+        if conv is None or conv.op_type != "Conv" or len(conv.outputs[0].uses()) != 1:
+            continue
+        weight = conv.inputs[1].producer()
+        constants = [_constant(value) for value in norm.inputs[1:]]
+        bias = _constant(conv.inputs[2]) if len(conv.inputs) > 2 and conv.inputs[2] is not None else 0.0
+        step = _constant(weight.inputs[1]) if weight is not None and weight.op_type == "DequantizeLinear" else None
+        if step is None or bias is None or any(value is None for value in constants):
+            continue  # no integers, or numbers that are computed
+        gain, shift, mean, variance = constants
+        factor = gain / np.sqrt(variance + norm.attributes["epsilon"].as_float())
+        scale, offset = _initializers(model, norm.name, step * factor, shift + (bias - mean) * factor)
+        _replace(model, weight, scale, conv, norm, offset)
+        folded += 1
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses():
+            del model.graph.initializers[name]
+    return folded
+
+
+def _constant(value: Any) -> Any:
+    return None if value is None or value.const_value is None else value.const_value.numpy().astype(np.float64)
+
+
+def _initializers(model: Any, name: str, *arrays: Any) -> list[Any]:
+    import onnx_ir as ir
+
+    values = []
+    for part, array in zip(("scale", "bias"), arrays, strict=True):
+        tensor: Any = ir.tensor(array.astype(np.float32), name=f"{name}.{part}")
+        value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        model.graph.register_initializer(value)
+        values.append(value)
+    return values
+
+
+def _replace(model: Any, weight: Any, scale: Any, conv: Any, norm: Any, bias: Any) -> None:
+    """Put a new weight and a new convolution in the place of the normalization."""
+    import onnx_ir as ir
+
+    dequantize = ir.node("DequantizeLinear", [weight.inputs[0], scale], {"axis": 0})  # output channels
+    convolve = ir.Node("", "Conv", [conv.inputs[0], dequantize.outputs[0], bias], list(conv.attributes.values()))
+    for new, old in ((dequantize.outputs[0], weight.outputs[0]), (convolve.outputs[0], norm.outputs[0])):
+        new.name, new.type, new.shape = f"{old.name}.folded", old.type, old.shape
+    model.graph.insert_before(norm, [dequantize, convolve])
+    ir.convenience.replace_all_uses_with(norm.outputs[0], convolve.outputs[0], replace_graph_outputs=True)
+    unused = [norm, conv] + ([weight] if len(weight.outputs[0].uses()) == 1 else [])
+    model.graph.remove(unused, safe=True)
