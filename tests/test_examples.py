@@ -87,6 +87,7 @@ def test_every_setting_is_reachable_and_defaults_print_clean(tmp_path: Path) -> 
         "freeze_oscillating": "0.02",
         "kernels": "eager",
         "print_report": "false",
+        "export": "model.onnx",
     }
     given = [f"--trainer.callbacks.{name}={value}" for name, value in settings.items()]
     printed = run(tmp_path, *short, *given, "--print_config")
