@@ -256,6 +256,9 @@ def test_what_cannot_be_exported_is_named():
         fold(module)
     nn.utils.parametrize.remove_parametrizations(module[0], "weight")
     assert torch.equal(fold(module)[0].weight, module[0].quantize_weight(module[0].weight))
+    refusal = "`0.input_quantizer` of Sequential learns no more, since the module was folded"
+    with pytest.raises(ValueError, match=refusal):
+        prepare(fold(module))
     with pytest.raises(ValueError, match="`module` must be the float model"):
         load_integers(module, {})
 

@@ -15,7 +15,7 @@ from test_export import CASES, SETTINGS, case
 from torch import Tensor, nn
 
 from lightning_qinit import QuantInitCallback, calibrate, load_from_checkpoint, prepare
-from lightning_qinit.export import export_onnx, load_integers, snap_offsets
+from lightning_qinit.export import export_onnx, fold, load_integers, snap_offsets
 
 
 def run(path: Path, *inputs: Tensor, optimized: bool = False) -> Tensor:
@@ -223,3 +223,11 @@ def test_batchnorm_is_folded_into_the_steps(per_channel: bool, tmp_path: Path):
     # a value of the hidden layer may fall on the other side of a rounding boundary
     differs = (actual - expected).abs() > 1e-4 * expected.abs().max()
     assert differs.double().mean() < 1e-3
+
+
+def test_the_callback_refuses_a_folded_module(tmp_path: Path):
+    module = WithExample()
+    prepare(module)
+    calibrate(module, [module.example_input_array + torch.randn(4, 1, 6, 6)])
+    with pytest.raises(MisconfigurationException, match="`stem.input_quantizer` of WithExample learns no more"):
+        trainer(tmp_path, QuantInitCallback(), max_epochs=1).fit(fold(module), loader())

@@ -66,6 +66,16 @@ class FrozenQuantizer(nn.Module):
         return f"scale={self.scale:.4g}, {len(self.levels)} levels, offset={self.offset}"
 
 
+def refuse_frozen(module: nn.Module) -> None:
+    """Raise ``ValueError`` if the inputs of a module are quantized with steps that learn no more."""
+    name = next((name for name, child in module.named_modules() if isinstance(child, FrozenQuantizer)), None)
+    if name is not None:
+        raise ValueError(
+            f"`{name}` of {type(module).__name__} learns no more, since the module was folded: quantize the module "
+            "that it was folded from."
+        )
+
+
 class Unquantized(nn.Module):
     """The identity, with the arguments of a quantizer."""
 
