@@ -18,7 +18,6 @@ from lightning_qinit.calibration.run import choose_in_training
 from lightning_qinit.checkpoint import differences, has_quantizers, saved_settings
 from lightning_qinit.config import CalibrationConfig, LayerConfig, QuantConfig, plain, shorten
 from lightning_qinit.export.best import check_calibrated, check_can_export, check_path, export_best
-from lightning_qinit.export.frozen import refuse_frozen
 from lightning_qinit.initializers import Initializer
 from lightning_qinit.insertion import (
     adopt_steps,
@@ -435,7 +434,6 @@ class QuantInitCallback(Callback):
 
     def _insert(self, pl_module: LightningModule, kernels: Kernels, complete: bool = True) -> None:
         try:
-            refuse_frozen(pl_module)
             insert(pl_module, self.config, complete, kernels)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error

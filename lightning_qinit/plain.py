@@ -15,7 +15,6 @@ from lightning_qinit.calibration import (
     warn_blind,
 )
 from lightning_qinit.config import CalibrationConfig, LayerConfig, QuantConfig
-from lightning_qinit.export.frozen import refuse_frozen
 from lightning_qinit.insertion import insert, quantized_layers
 from lightning_qinit.monitoring import ReportRow, make_row
 from lightning_qinit.quantizers.kernels import Kernels, check_kernels
@@ -47,7 +46,6 @@ def prepare(
         ValueError: if a setting is out of range, a pattern matches no layer, or there is nothing to quantize.
     """
     check_kernels(kernels)
-    refuse_frozen(module)
     config = QuantConfig(LayerConfig(**settings), skip=skip, overrides=overrides or {})
     insert(module, config, kernels=kernels)
     return module

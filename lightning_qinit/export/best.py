@@ -10,9 +10,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
 
 from lightning_qinit import _trainer
+from lightning_qinit.export.extra import require
 from lightning_qinit.export.fold import check_foldable
-from lightning_qinit.export.integers import safetensors, save_integers
-from lightning_qinit.export.onnx import check_inputs, export_onnx, translation_table
+from lightning_qinit.export.integers import save_integers
+from lightning_qinit.export.onnx import check_inputs, export_onnx
+from lightning_qinit.export.operators import translations
 
 
 def check_path(path: str | Path | None) -> Path | None:
@@ -25,9 +27,9 @@ def check_path(path: str | Path | None) -> Path | None:
 def check_can_export(trainer: Trainer, module: LightningModule, path: Path) -> None:
     """Raise, before anything is trained, if the export at the end would fail for what is known by now."""
     if path.suffix == ".safetensors":
-        safetensors()
+        require("safetensors.torch")
     else:
-        translation_table()
+        translations()
         if module.example_input_array is None:
             raise MisconfigurationException(
                 f"`export` = '{path}' needs `example_input_array` in {type(module).__name__}: what its `forward` is "

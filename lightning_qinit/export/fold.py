@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_qinit.export.frozen import FrozenQuantizer, Unquantized
-from lightning_qinit.insertion import QUANTIZED_LAYERS, QuantizedLayer, quantized_layers
+from lightning_qinit.insertion import QUANTIZED_LAYERS, QuantizedLayer, held, quantized_layers
+from lightning_qinit.quantizers.frozen import FrozenQuantizer, Unquantized
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -73,8 +73,7 @@ def freeze(layer: QuantizedLayer, inputs: Mapping[str, nn.Module]) -> None:
         inputs: by name, one for each of ``layer.inputs``; empty if inputs stay in float.
     """
     layer.weight_quantizer = None
-    several = len(layer.inputs) > 1
-    layer.input_quantizer = None if not inputs else nn.ModuleDict(inputs) if several else next(iter(inputs.values()))
+    layer.input_quantizer = held(inputs)
     # a layer with layers inside keeps its class: torch's own may use their weights without calling them
     inside = any(isinstance(child, QuantizedLayer) or type(child) in QUANTIZED_LAYERS for child in layer.children())
     if not inside and all(isinstance(frozen, Unquantized) for frozen in inputs.values()):
@@ -95,8 +94,7 @@ def frozen_inputs(layer: QuantizedLayer) -> dict[str, nn.Module]:
 
 
 def _bake_weights(layer: QuantizedLayer) -> None:
-    # by the name of the parameter, or the only one
-    for name, quantizer in zip(layer.weight_names(layer), layer.weight_quantizers().values(), strict=False):
+    for name, quantizer in layer.parameter_quantizers().items():
         # a Parameter of its own, since a layer in float may be tied to the old one; without gradient, as nn.RNN takes
         # another path for weights that need one
         setattr(layer, name, nn.Parameter(quantizer(getattr(layer, name)).detach(), requires_grad=False))

@@ -1,23 +1,23 @@
 """A quantized model as integers: packed codes, steps and zero points."""
 
 import copy
-import importlib
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_qinit.export.codes import weight_codes
+from lightning_qinit.export.extra import require
 from lightning_qinit.export.fold import fold, freeze, frozen_inputs
-from lightning_qinit.export.frozen import FrozenQuantizer, Unquantized
 from lightning_qinit.export.packing import pack, unpack
 from lightning_qinit.functional.fake_quantize import broadcast_channels
 from lightning_qinit.functional.levels import is_run
 from lightning_qinit.insertion import QUANTIZED_LAYERS, QuantizedLayer
 from lightning_qinit.quantizers import Quantizer
+from lightning_qinit.quantizers.frozen import FrozenQuantizer, Unquantized
 
 Module = TypeVar("Module", bound=nn.Module)
 PARTS = ("codes", "scale", "zero_point", "levels", "offset", "layout")
@@ -49,7 +49,7 @@ def integer_state_dict(module: nn.Module) -> dict[str, Tensor]:
     for name, layer in module.named_modules(remove_duplicate=False):
         if not isinstance(layer, QuantizedLayer):
             continue
-        for weight, quantizer in zip(layer.weight_names(layer), layer.weight_quantizers().values(), strict=False):
+        for weight, quantizer in layer.parameter_quantizers().items():
             if quantizer.active:
                 key = _joined(name, weight)
                 del state[key]
@@ -63,7 +63,7 @@ def integer_state_dict(module: nn.Module) -> dict[str, Tensor]:
 
 def save_integers(module: nn.Module, path: str | PathLike[str]) -> None:
     """Write :func:`integer_state_dict` to a safetensors file (of the extra ``export``)."""
-    safetensors().save_file(integer_state_dict(module), Path(path))
+    require("safetensors.torch").save_file(integer_state_dict(module), Path(path))
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def load_integers(module: Module, state: Mapping[str, Tensor] | str | PathLike[s
         ValueError: if ``module`` has quantizers.
         RuntimeError: if keys or shapes do not fit, as of ``load_state_dict``.
     """
-    left = dict(state if isinstance(state, Mapping) else safetensors().load_file(Path(state)))
+    left = dict(state if isinstance(state, Mapping) else require("safetensors.torch").load_file(Path(state)))
     if any(isinstance(layer, QuantizedLayer) for layer in module.modules()):
         raise ValueError(f"`module` must be the float model, got a {type(module).__name__} with quantized layers.")
     loaded = copy.deepcopy(module).eval()
@@ -102,16 +102,6 @@ def load_integers(module: Module, state: Mapping[str, Tensor] | str | PathLike[s
             freeze(layer, inputs)
     loaded.load_state_dict(left)
     return loaded
-
-
-def safetensors() -> Any:
-    """``safetensors.torch``, or ``ModuleNotFoundError`` that says how to get it."""
-    try:
-        return importlib.import_module("safetensors.torch")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "Files of integers need safetensors, which is not installed: `pip install 'lightning-qinit[export]'`."
-        ) from error
 
 
 def _joined(name: str, child: str) -> str:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from lightning_qinit.export.batchnorm import fold_batchnorm
 from lightning_qinit.export.codes import weight_codes
 from lightning_qinit.export.fold import check_foldable, frozen_inputs
-from lightning_qinit.export.frozen import FrozenQuantizer
 from lightning_qinit.export.operators import IntegerInput, IntegerWeight, narrow_weights, translations
 from lightning_qinit.export.snap import snap_offsets
-from lightning_qinit.insertion import named_quantizers, quantized_layers
+from lightning_qinit.insertion import held, named_quantizers, quantized_layers
 from lightning_qinit.quantizers import Quantizer
+from lightning_qinit.quantizers.frozen import FrozenQuantizer
 
 OPSET = 21  # the first with 4-bit integers
 
@@ -68,7 +68,7 @@ def export_onnx(
     """
     check_foldable(module)
     check_inputs(module)
-    table = translation_table()
+    table = translations()
     args = () if isinstance(sample, Mapping) else sample if isinstance(sample, tuple) else (sample,)
     kwargs = dict(sample) if isinstance(sample, Mapping) else {}
     exported = copy.deepcopy(module).eval()
@@ -83,20 +83,13 @@ def export_onnx(
     narrow_weights(program.model)
     if batchnorm:
         fold_batchnorm(program.model)
+    initializers = program.model.graph.initializers
+    for name in [name for name, value in initializers.items() if not value.uses()]:
+        del initializers[name]
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces, longer than the graph and full of local paths
     program.save(path)
     return OnnxReport(zero_points, change)
-
-
-def translation_table() -> dict[Any, Any]:
-    """How the operators here are translated, or ``ModuleNotFoundError`` that says what to install."""
-    try:
-        return translations()
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "ONNX export needs onnx and onnxscript, which are not installed: `pip install 'lightning-qinit[export]'`."
-        ) from error
 
 
 def check_inputs(module: nn.Module) -> None:
@@ -115,16 +108,11 @@ def _to_integers(module: nn.Module) -> None:
     for layer_name, layer in quantized_layers(module).items():
         frozen = frozen_inputs(layer)
         inputs = {name: _integer_input(f) if isinstance(f, FrozenQuantizer) else f for name, f in frozen.items()}
-        held = layer.weight_quantizers()
-        weights = {name: _integer_weight(held[name], w, f"{layer_name}.{name}") for name, w in layer.weights().items()}
-        layer.weight_quantizer = _held(weights, layer.weight_quantizer)
-        layer.input_quantizer = _held(inputs, layer.input_quantizer)
-
-
-def _held(named: Mapping[str, nn.Module], before: nn.Module | None) -> nn.Module | None:
-    if isinstance(before, nn.ModuleDict):
-        return nn.ModuleDict(named)
-    return next(iter(named.values()), None)
+        weights = {
+            name: _integer_weight(quantizer, getattr(layer, name), f"{layer_name}.{name}")
+            for name, quantizer in layer.parameter_quantizers().items()
+        }
+        layer.weight_quantizer, layer.input_quantizer = held(weights), held(inputs)
 
 
 def _integer_input(frozen: FrozenQuantizer) -> IntegerInput:

@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qinit.export.extra import require
+from lightning_qinit.functional.fake_quantize import broadcast_channels
+
 TYPES = {"INT4": (-8, 7), "UINT4": (0, 15), "INT8": (-128, 127), "UINT8": (0, 255)}
 
 
@@ -32,9 +35,7 @@ def _(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:
 @torch.library.custom_op("lightning_qinit::dequantize", mutates_args=())
 def dequantize(codes: Tensor, scale: Tensor, axis: int, kind: str) -> Tensor:
     """``codes * scale``, with one step, of no axes, or one per index of ``axis``; ``kind`` is the type of the codes."""
-    shape = [1] * codes.dim()
-    shape[axis] = -1
-    return codes.to(scale.dtype) * (scale.reshape(shape) if scale.dim() else scale)
+    return codes.to(scale.dtype) * broadcast_channels(scale, codes, axis)
 
 
 @dequantize.register_fake
@@ -86,10 +87,8 @@ class IntegerWeight(nn.Module):
             self.register_buffer("codes", levels.to(torch.uint8 if self.kind[0] == "U" else torch.int8)[codes])
             self.register_buffer("scale", scale if scale.numel() > 1 else scale.reshape(()))
         else:
-            shape = [1] * codes.dim()
-            shape[self.axis] = -1
             self.register_buffer("codes", codes.to(torch.uint8))
-            self.register_buffer("scale", scale.reshape(shape))
+            self.register_buffer("scale", broadcast_channels(scale, codes, channel_axis))
             self.register_buffer("levels", levels.to(scale.dtype))
 
     def forward(self, weight: Tensor, samples: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
@@ -101,10 +100,8 @@ class IntegerWeight(nn.Module):
 
 def translations() -> dict[Any, Callable[..., Any]]:
     """For the ``custom_translation_table`` of ``torch.onnx.export``."""
-    from onnx import TensorProto, helper
-    from onnxscript import opset21
-
-    op: Any = opset21
+    onnx, op = require("onnx"), require("onnxscript").opset21
+    TensorProto, helper = onnx.TensorProto, onnx.helper
 
     def number(value: int, kind: str) -> Any:
         return op.Constant(value=helper.make_tensor("number", getattr(TensorProto, kind), (), [value]))
@@ -142,5 +139,3 @@ def narrow_weights(model: Any) -> None:
             ir.convenience.replace_all_uses_with(cast, narrow)
             model.graph.remove(node, safe=True)
             model.graph.register_initializer(narrow)
-            if not stored.uses():
-                del model.graph.initializers[stored.name]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lightning_qinit.export.fold import fold
 from lightning_qinit.export.integers import PARTS, integer_state_dict
+from lightning_qinit.monitoring.report import aligned
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,4 @@ def format_size(rows: Sequence[SizeRow]) -> str:
         lines.append(
             (name, "float" if row.bits is None else str(row.bits), str(row.float_bytes), str(row.bytes), ratio)
         )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
-    )
+    return "\n".join(aligned(lines))

@@ -5,7 +5,7 @@ from torch import nn
 
 from lightning_qinit.functional.sharded import copy_whole
 from lightning_qinit.insertion import named_quantizers, quantized_layers
-from lightning_qinit.quantizers import LSQPlus, Quantizer
+from lightning_qinit.quantizers import LSQPlus
 
 SPAN = 255  # between the outermost of the codes and the zero point, which share one 8-bit type
 
@@ -26,18 +26,11 @@ def snap_offsets(module: nn.Module) -> dict[str, int]:
     """
     zero_points = {}
     for name, quantizer in named_quantizers(quantized_layers(module)).items():
-        if quantizer.active and isinstance(quantizer, LSQPlus) and quantizer.has_offset:
-            zero_points[name] = zero_point(quantizer)
+        if quantizer.active and isinstance(quantizer, LSQPlus) and quantizer.offset is not None:
+            exact = -float(quantizer.offset) / float(quantizer.step)
+            zero_points[name] = round(min(max(exact, quantizer.high - SPAN), quantizer.low + SPAN))
             offset = -zero_points[name] * quantizer.step
             relative = (offset - quantizer.initial_offset) / quantizer.initial_step
             copy_whole(quantizer.relative_offset, relative)
             quantizer.requires_grad_(False)
     return zero_points
-
-
-def zero_point(quantizer: Quantizer) -> int:
-    """The integer code that stands for a value of about 0."""
-    if quantizer.offset is None:
-        return 0
-    exact = -float(quantizer.offset) / float(quantizer.step)
-    return round(min(max(exact, quantizer.high - SPAN), quantizer.low + SPAN))

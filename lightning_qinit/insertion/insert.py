@@ -7,8 +7,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torchmetrics import Metric
 
 from lightning_qinit.config import LayerConfig, QuantConfig
-from lightning_qinit.insertion.layers import QUANTIZED_LAYERS, QuantizedLayer
+from lightning_qinit.insertion.layers import QUANTIZED_LAYERS, QuantizedLayer, held
 from lightning_qinit.quantizers import Quantizer
+from lightning_qinit.quantizers.frozen import refuse_frozen
 from lightning_qinit.quantizers.kernels import Kernels
 
 
@@ -27,8 +28,10 @@ def insert(
         All quantized layers of the module by name.
 
     Raises:
-        ValueError: if a pattern matches no layer, or the module has none to quantize. Nothing is changed then.
+        ValueError: if a pattern matches no layer, or the module has none to quantize, or was folded. Nothing is changed
+            then.
     """
+    refuse_frozen(module)
     candidates = dict(_candidates(module))
     if complete:
         config.check_patterns(candidates)
@@ -140,23 +143,22 @@ def _chosen(candidates: Mapping[str, nn.Module], config: QuantConfig) -> dict[st
 
 def _quantize_layer(layer: nn.Module, config: LayerConfig, shared: dict[int, Quantizer]) -> None:
     quantized = QUANTIZED_LAYERS[type(layer)]
-    names = quantized.weight_names(layer)
-    weights = {name: getattr(layer, name) for name in names}
+    weights = {name: getattr(layer, name) for name in quantized.weight_names(layer)}
     device = next(iter(weights.values())).device
-    held: dict[str, nn.Module | None] = {"weight_quantizer": None, "input_quantizer": None}
+    of_weights: dict[str, nn.Module] = {}
+    of_inputs: dict[str, nn.Module] = {}
     if config.weight_bits is not None:
         make, axis = config.make_quantizer("weight"), quantized.output_axis
         for weight in weights.values():
             channels, channel_axis = (weight.shape[axis], axis) if config.per_channel else (1, None)
             if id(weight) not in shared:
                 shared[id(weight)] = make(config.weight_bits, channels, channel_axis, device=device)
-        own = {name: shared[id(weight)] for name, weight in weights.items()}
-        held["weight_quantizer"] = nn.ModuleDict(own) if len(own) > 1 else own[names[0]]
+        of_weights = {name: shared[id(weight)] for name, weight in weights.items()}
     if config.activation_bits is not None and quantized.inputs:
         make, axis = config.make_quantizer("activation"), quantized.batch_axis(layer)
-        inputs = {name: make(config.activation_bits, batch_axis=axis, device=device) for name in quantized.inputs}
-        held["input_quantizer"] = nn.ModuleDict(inputs) if len(inputs) > 1 else inputs[quantized.inputs[0]]
-    for attribute, quantizers in held.items():
+        of_inputs = {name: make(config.activation_bits, batch_axis=axis, device=device) for name in quantized.inputs}
+    for attribute, named in (("weight_quantizer", of_weights), ("input_quantizer", of_inputs)):
+        quantizers = held(named)
         layer.register_module(attribute, quantizers)
         if quantizers is not None and not any(weight.requires_grad for weight in weights.values()):
             quantizers.requires_grad_(False)  # a frozen layer stays frozen as a whole

@@ -4,7 +4,7 @@ A layer becomes a quantized one by swapping the class of the object in place. Th
 and ``layer.weight`` stay, and so do deepcopy, pickle and everything that holds a reference to the layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -75,6 +75,11 @@ class QuantizedLayer(nn.Module):
         """By what they quantize: ``"weight"``, or the names of the parameters."""
         return _by_name(self.weight_quantizer, "weight")
 
+    def parameter_quantizers(self) -> dict[str, Quantizer]:
+        """Those of weights by the names of the parameters, also where there is only one."""
+        quantizers = self.weight_quantizers()
+        return dict(zip(self.weight_names(self), quantizers.values(), strict=True)) if quantizers else {}
+
     def input_quantizers(self) -> dict[str, Quantizer]:
         """By what they quantize: ``"input"``, or the names of the inputs."""
         return _by_name(self.input_quantizer, "input")
@@ -105,6 +110,11 @@ class QuantizedLayer(nn.Module):
             dtype: of the quantized input; ``None``: its own.
         """
         return _quantize(self.input_quantizer, x, name, samples, dtype)
+
+
+def held(named: Mapping[str, nn.Module]) -> nn.Module | None:
+    """How a layer holds its quantizers: alone, or several by name; ``None`` for none."""
+    return nn.ModuleDict(named) if len(named) > 1 else next(iter(named.values()), None)
 
 
 def _by_name(held: nn.Module | None, role: str) -> dict[str, Quantizer]:

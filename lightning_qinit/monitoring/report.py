@@ -76,12 +76,15 @@ def make_row(start: Start) -> ReportRow:
 
 def format_report(rows: Sequence[ReportRow], unseen: Sequence[str] = (), left_float: Sequence[str] = ()) -> str:
     """The report as a plain-text table, with what there is to say about it below."""
-    header, *table = [_cells(row, _has_offsets(rows)) for row in (None, *rows)]
-    table = [header, *table]
-    widths = [max(len(line[i]) for line in table) for i in range(len(header))]
-    lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in table]
+    lines = aligned([_cells(row, _has_offsets(rows)) for row in (None, *rows)])
     lines.insert(1, "-" * len(lines[0]))
     return "\n".join([*lines, *remarks(rows, unseen, left_float)])
+
+
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """The rows of a table as lines of plain text, the first column to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in table]
 
 
 def markdown_report(rows: Sequence[ReportRow]) -> str:

@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qinit.quantizers import Quantizer
-from lightning_qinit.quantizers.base import ordinary_path
+from lightning_qinit.quantizers.base import Quantizer, ordinary_path
 from lightning_qinit.quantizers.kernels import forward
 
 
