@@ -16,14 +16,13 @@ left out:
 """
 
 import argparse
-import json
-import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable
 
 import torch
+from result import spread, write
 from torch import Tensor
 
 from lightning_qinit import calibrate, prepare
@@ -196,12 +195,10 @@ def main() -> None:
                 rows.append({"case": name, "kind": kind, "bits": bits, "contestant": contestant, **result})
                 print(
                     f"{name:18s} {kind:11s} {bits} bits  {contestant:9s} {statistics.median(result['seconds']):8.3f} s"
-                    f"  time {statistics.median(times):7.2f} ({min(times):.2f}-{max(times):.2f})  error {error:.5f}",
+                    f"  time {spread(times, 7)}  error {error:.5f}",
                     flush=True,
                 )
-    machine = f"{platform.machine()}, {arguments.threads} threads"
-    with open(arguments.json, "w") as file:
-        json.dump({**vars(arguments), "torch": torch.__version__, "machine": machine, "rows": rows}, file, indent=1)
+    write(arguments, rows)
 
 
 if __name__ == "__main__":

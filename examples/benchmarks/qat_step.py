@@ -18,7 +18,6 @@ import argparse
 import ctypes
 import gc
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from result import spread, write
 from torch import Tensor, nn
 
 BITS = 4
@@ -286,10 +286,6 @@ def run(model: str, contestant: str, arguments: argparse.Namespace) -> dict[str,
     return json.loads(result.stdout.strip().splitlines()[-1])
 
 
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):5.2f} ({min(values):.2f}-{max(values):.2f})"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
@@ -306,7 +302,6 @@ def main() -> None:
     if arguments.single:
         print(json.dumps(measure(arguments)))
         return
-    versions = {"torch": torch.__version__, "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"}
     rows = []
     for model in arguments.models:
         for contestant in arguments.contestants:
@@ -324,8 +319,7 @@ def main() -> None:
                 row = {"model": model, "contestant": contestant, "time": times, "memory": memory, "first": firsts}
                 rows.append(row)
                 print(f"{model:20s} {contestant:12s} time {spread(times)}   memory {spread(memory)}", flush=True)
-    with open(arguments.json, "w") as file:
-        json.dump({**vars(arguments), **versions, "rows": rows}, file, indent=1)
+    write(arguments, rows)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@ same size: calibration to the same forward passes, the training step to a float 
 
 import argparse
 import copy
-import json
-import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable
 
 import torch
+from result import write
 from torch import Tensor, nn
 
 from lightning_qinit import calibrate, prepare
@@ -93,9 +92,7 @@ def main() -> None:
                 f"{grown:9s} {size:4d}   calibration {result['calibration']:6.2f}   step {result['step']:5.2f}",
                 flush=True,
             )
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    with open(arguments.json, "w") as file:
-        json.dump({**vars(arguments), "torch": torch.__version__, "machine": machine, "rows": rows}, file, indent=1)
+    write(arguments, rows)
 
 
 if __name__ == "__main__":
