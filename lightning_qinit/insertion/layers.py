@@ -5,6 +5,7 @@ and ``layer.weight`` stay, and so do deepcopy, pickle and everything that holds 
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +17,11 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lightning_qinit.config import LayerConfig
 from lightning_qinit.quantizers import Quantizer
-from lightning_qinit.quantizers.recompute import recomputed
+from lightning_qinit.quantizers.fused import Operand, fused
+from lightning_qinit.quantizers.operation import Convolution, Operation, Product
+
+
+PRODUCT = Product()
 
 
 class QuantizedLayer(nn.Module):
@@ -141,28 +146,49 @@ class _OneWeight(QuantizedLayer):
     def linear(self) -> bool:
         return True
 
-    def quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The quantized input and the quantized weight, in the dtype that autocast would cast them to."""
+    def compute(self, x: Tensor, operation: Operation | None, plain: Callable[..., Tensor]) -> Tensor:
+        """The operation on the quantized input and the quantized weight, in the dtype that autocast would cast them to.
+
+        Args:
+            x: the input.
+            operation: the operation, to be done in one with quantization; ``None`` if that is not to be had.
+            plain: the operation as a function of input, weight and bias.
+        """
         device = x.device.type
         dtype = None
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
-        return self.quantize_input(x, dtype=dtype), self.quantize_weight(self.weight, dtype=dtype)
+        if operation is not None and not torch.compiler.is_compiling() and type(x) is Tensor and x.numel():
+            operands = _operand(self.input_quantizer, x, dtype), _operand(self.weight_quantizer, self.weight, dtype)
+            if None not in operands and any(operand.how for operand in operands):
+                bias = self.bias if self.bias is None or dtype is None else self.bias.to(dtype)
+                with torch.autocast(device, enabled=False) if dtype else nullcontext():
+                    return fused(operation, *operands, bias)
+        return plain(self.quantize_input(x, dtype=dtype), self.quantize_weight(self.weight, dtype=dtype), self.bias)
+
+
+def _operand(quantizer: nn.Module | None, x: Tensor, dtype: torch.dtype | None) -> Operand | None:
+    if quantizer is None:
+        return Operand(x if dtype is None else x.to(dtype))
+    return quantizer.operand(x, dtype) if isinstance(quantizer, Quantizer) else None
 
 
 class QuantLinear(_OneWeight, nn.Linear):
     float_class = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
-        return recomputed(F.linear, *self.quantized(input), self.bias)
+        return self.compute(input, PRODUCT, F.linear)
 
 
 class _QuantConv(_OneWeight, _ConvNd):
     def forward(self, input: Tensor) -> Tensor:
-        x, weight = self.quantized(input)
-        if self.padding_mode != "zeros":  # what is convolved, and kept, is a padded copy
-            return self._conv_forward(x, weight, self.bias)
-        return recomputed(self._conv_forward, x, weight, self.bias)
+        padding = (0,) * len(self.stride) if self.padding == "valid" else self.padding
+        # what is convolved otherwise is a padded copy
+        if input.dim() != self.weight.dim() or padding == "same" or self.padding_mode != "zeros":
+            operation = None
+        else:
+            operation = Convolution(self.stride, padding, self.dilation, False, self.output_padding, self.groups)
+        return self.compute(input, operation, self._conv_forward)
 
 
 class QuantConv1d(_QuantConv, nn.Conv1d):
@@ -194,8 +220,11 @@ class _QuantConvTranspose(_OneWeight, _ConvTransposeNd):
             self.dilation,  # type: ignore[arg-type]
         )
         settings = self.stride, self.padding, output_padding, self.groups, self.dilation
+        operation = None
+        if input.dim() == self.weight.dim():
+            operation = Convolution(self.stride, self.padding, self.dilation, True, output_padding, self.groups)
         convolve = type(self).convolve
-        return recomputed(lambda x, w, bias: convolve(x, w, bias, *settings), *self.quantized(input), self.bias)
+        return self.compute(input, operation, lambda x, w, bias: convolve(x, w, bias, *settings))
 
 
 class QuantConvTranspose1d(_QuantConvTranspose, nn.ConvTranspose1d):

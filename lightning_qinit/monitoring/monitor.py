@@ -1,11 +1,10 @@
 """What each quantizer does while training, measured on the values that training sees."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from lightning_qinit.functional.levels import thresholds
 from lightning_qinit.functional.optimal import solve_rows
@@ -30,8 +29,8 @@ NOISE, SIGNAL, CLIPPED, COUNT, STILL = range(5)
 class Monitor:
     """Measures the quantizers, on the batches between :meth:`open` and :meth:`close` only.
 
-    Measuring happens in forward hooks on the values that pass through the quantizers, and nothing is copied from
-    the device before :meth:`close`, which takes all numbers in one transfer.
+    Measuring happens on the values that pass through the quantizers, as they do, and nothing is copied from the device
+    before :meth:`close`, which takes all numbers in one transfer.
 
     Args:
         layers: the layers to watch.
@@ -59,7 +58,7 @@ class Monitor:
         self.tracker = tracker
         self.keep: frozenset[str] = frozenset()
         self.kept: dict[str, Tensor] = {}
-        self._handles: list[RemovableHandle] = []
+        self._open = False
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
         self._states: dict[str, Tensor] = {}
@@ -75,8 +74,10 @@ class Monitor:
 
     def open(self) -> None:
         """Start measuring; a second call before :meth:`close` goes on (gradient accumulation)."""
-        if not self._handles:
-            self._handles = [q.register_forward_hook(self._measure(name)) for name, q in self.quantizers.items()]
+        if not self._open:
+            for name, quantizer in self.quantizers.items():
+                quantizer.watch = partial(self._add, name)
+            self._open = True
 
     def close(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Stop measuring and return what was measured by its logged name.
@@ -84,9 +85,9 @@ class Monitor:
         Args:
             reduce: sums a tensor over all ranks.
         """
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        for quantizer in self.quantizers.values():
+            quantizer.watch = None
+        self._open = False
         names = list(self.quantizers)
         device = self.quantizers[names[0]].initial_step.device
         # ranks may have run different layers; all reduce the same tensor
@@ -131,14 +132,6 @@ class Monitor:
                     values[f"{PREFIXES[quantity]}/{name}"] = value
             errors += [error] if seen else []
         return {**values, **aggregates(errors)}
-
-    def _measure(self, name: str) -> Any:
-        def hook(quantizer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            assert isinstance(quantizer, Quantizer)
-            if quantizer.active and args[0].is_floating_point():
-                self._add(name, quantizer, args[0].detach(), output.detach())
-
-        return hook
 
     @torch.no_grad()
     def _add(self, name: str, quantizer: Quantizer, x: Tensor, output: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor, nn
 from lightning_qinit.functional.fake_quantize import broadcast_channels
 from lightning_qinit.functional.levels import is_run
 from lightning_qinit.functional.sharded import copy_whole, whole
+from lightning_qinit.quantizers.fused import Operand
 from lightning_qinit.quantizers.kernels import Kernels
 from lightning_qinit.quantizers.relative import relative
-from lightning_qinit.quantizers.straight_through import Rounding, round_to_levels
+from lightning_qinit.quantizers.rounding import Rounding, rounded
+from lightning_qinit.quantizers.straight_through import round_to_levels
 
 # A step may move this far from where it started, either way. Steps of trained networks move by tens of percent
 # (LSQ, section 3.5), so the bounds only catch a step that ran away.
@@ -26,6 +29,9 @@ class Quantizer(nn.Module, ABC):
     the parameter ``relative_step`` (the step in units of ``initial_step``, see
     :func:`~lightning_qinit.quantizers.relative.relative`) and the buffers ``initial_step``, ``calibrated``, ``signed``
     and ``bits``. All keep float32 whatever precision the module is cast to.
+
+    ``watch``, if set, is called with the quantizer, values and quantized values whenever it quantizes; neither may be
+    kept.
 
     A subclass names itself and states its levels::
 
@@ -80,6 +86,7 @@ class Quantizer(nn.Module, ABC):
         self.enabled = True
         self.kernels: Kernels = "auto"
         self.keeps_weight = False
+        self.watch: Callable[[Quantizer, Tensor, Tensor], None] | None = None
         self._kept: tuple[Any, ...] = ()  # the weight that was quantized last, its state then, and the result
         self._settings = (bool(signed), int(bits))
         self.relative_step = nn.Parameter(torch.empty(channels, dtype=torch.float32, device=device))
@@ -138,20 +145,23 @@ class Quantizer(nn.Module, ABC):
                 gradient scale.
             dtype: of the result.
         """
+        return round_to_levels(x, self._rounding(x, scale, elements, dtype))
+
+    def _rounding(self, x: Tensor, scale: Tensor, elements: int, dtype: torch.dtype) -> Rounding:
         offset = self.offset
         if offset is not None:
             offset = broadcast_channels(offset, x, self.channel_axis)
         points = self.points if x.dtype != torch.float64 or self.uniform else self.levels.to(x)
-        scaling = self.gradient_scale(elements)
-        rounding = Rounding(self.uniform, self.learns_rounding, scaling, dtype, self.kernels)
+        constants = self.uniform, self.learns_rounding, self.gradient_scale(elements), dtype, self.kernels
+        how = Rounding(scale, offset, points, *constants)
         if not self.keeps_weight or not isinstance(x, nn.Parameter) or torch.compiler.is_compiling():
-            return round_to_levels(x, scale, offset, points, rounding)
+            return how
         versions = x._version, self.relative_step._version, self.initial_step._version
-        state = (*versions, self.n_bits, self.is_signed, rounding)
+        state = (*versions, self.n_bits, self.is_signed, *constants)
         if not self._kept or self._kept[0] is not x or self._kept[1] != state:
             with torch.no_grad():
-                self._kept = (x, state, round_to_levels(x, scale, offset, points, rounding))
-        return round_to_levels(x, scale, offset, points, rounding, ready=self._kept[2])
+                self._kept = (x, state, rounded(x, how))
+        return how._replace(ready=self._kept[2])
 
     def keep_weight(self, keep: bool) -> None:
         """Forget the weight that is kept, and from here on keep the next, or do not.
@@ -163,7 +173,7 @@ class Quantizer(nn.Module, ABC):
         self.keeps_weight, self._kept = keep, ()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_kept": ()}
+        return {**vars(self), "_kept": (), "watch": None}
 
     def transform(self, x: Tensor) -> Tensor:
         """What is done to the values before they are quantized: nothing, unless a subclass normalizes them."""
@@ -201,7 +211,30 @@ class Quantizer(nn.Module, ABC):
         if not self.active or not x.is_floating_point():
             return x
         scale = broadcast_channels(self.step, x, self.channel_axis)
-        return self.quantize(self.transform(x), scale, self._elements_per_step(x, samples), dtype or x.dtype)
+        y = self.quantize(self.transform(x), scale, self._elements_per_step(x, samples), dtype or x.dtype)
+        if self.watch is not None:
+            self.watch(self, x.detach(), y.detach())
+        return y
+
+    def operand(self, x: Tensor, dtype: torch.dtype | None = None) -> Operand | None:
+        """What ``forward`` would round, and how, for an operation that does it; ``None`` if that is not all it does.
+
+        Which is so for subclasses that override :meth:`quantize` or :meth:`forward`, and where there are hooks.
+        """
+        kind = type(self)
+        if kind.quantize is not Quantizer.quantize or kind.forward is not Quantizer.forward or self._is_hooked:
+            return None
+        if not self.active or not x.is_floating_point():
+            return Operand(x)
+        scale = broadcast_channels(self.step, x, self.channel_axis)
+        values = self.transform(x)
+        how = self._rounding(values, scale, self._elements_per_step(x, None), dtype or x.dtype)
+        return Operand(values, how, self.watch and partial(self.watch, self, x.detach()))
+
+    @property
+    def _is_hooked(self) -> bool:
+        hooks = self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks
+        return sum(map(len, hooks)) > 1  # one is that of every quantizer
 
     def _elements_per_step(self, x: Tensor, samples: int | None) -> int:
         if samples is None:  # values of fewer axes are a single sample

@@ -76,6 +76,13 @@ def backward_into(out: Tensor, *arguments: Any) -> tuple[Tensor, Tensor | None]:
     return to_scale, to_offset
 
 
+def backward_over(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+    """:func:`backward`, the gradient to ``x`` written over that to the result; returns the others."""
+    to_x, to_scale, to_offset = backward(grad, *arguments)
+    grad.copy_(to_x)
+    return to_scale, to_offset
+
+
 def tangents(
     x: Tensor,
     scale: Tensor,
@@ -125,45 +132,6 @@ def nearest(v: Tensor, points: Tensor, uniform: bool) -> Tensor:
         level = torch.empty_like(v)  # keeps the memory format, which the lookup does not
         level.copy_(points[torch.bucketize(v.contiguous(), thresholds, right=True)])
     return torch.where(v == v, level, v)
-
-
-class Layout:
-    """How values lie in memory, as two axes: channels, and the values of each in the order of their addresses.
-
-    Args:
-        x: the values.
-        scale: the step, with as many axes: one for all, or one per channel.
-    """
-
-    def __init__(self, x: Tensor, scale: Tensor) -> None:
-        strides, self.channels = x.stride(), scale.numel()
-        axes = list(range(x.dim()))
-        self.plain = x.is_contiguous() and (self.channels == 1 or scale.shape[0] > 1)
-        if not self.plain:
-            axes.sort(key=lambda axis: -strides[axis])
-            if self.channels > 1:
-                axes.sort(key=lambda axis: scale.shape[axis] == 1)  # stable: the channels come first
-        self.axes = axes
-        self.shape = [x.shape[axis] for axis in axes]
-        self.order = sorted(range(len(axes)), key=axes.__getitem__)
-
-    def flat(self, x: Tensor) -> Tensor:
-        """Values as ``(channels, values)``: a view, or a copy where they lie in another order."""
-        return (x if self.plain else x.permute(self.axes)).detach().reshape(self.channels, -1)
-
-    def restored(self, flat: Tensor) -> Tensor:
-        """A view of them in their shape, each where it was."""
-        return flat.view(self.shape) if self.plain else flat.view(self.shape).permute(self.order)
-
-    def empty(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Room for results that lie in the same order; no view, so that it may be changed in place later."""
-        if self.plain:
-            return torch.empty(self.shape, dtype=dtype, device=device)
-        strides = [1]
-        for size in self.shape[:0:-1]:
-            strides.insert(0, strides[0] * size)
-        shape = [self.shape[place] for place in self.order]
-        return torch.empty_strided(shape, [strides[place] for place in self.order], dtype=dtype, device=device)
 
 
 class Kernel:
@@ -218,3 +186,4 @@ def are_compiled(x: Tensor, kernels: Kernels) -> bool:
 
 
 FORWARD, BACKWARD, TANGENTS = Kernel(forward_into), Kernel(backward_into), Kernel(tangents)
+BACKWARD_OVER = Kernel(backward_over)
