@@ -40,6 +40,7 @@ from lightning_qinit.monitoring import (
 from lightning_qinit.monitoring.oscillation import Tracker, damp
 from lightning_qinit.monitoring.publish import publish_end_figures, publish_report, publish_start_figures, worst
 from lightning_qinit.quantizers import Quantizer
+from lightning_qinit.quantizers.fused import release_scratch
 from lightning_qinit.quantizers.kernels import Kernels, check_kernels
 
 
@@ -358,9 +359,12 @@ class QuantInitCallback(Callback):
         vars(pl_module).pop("on_load_checkpoint", None)
         if self._tracker is not None:
             self._tracked = self._tracker.state_dict()
+        if self._monitor is not None:
+            self._monitor.stop()
         self._monitor = self._tracker = None
         self._keep_weights(trainer, False)
         self._quantizers = []
+        release_scratch()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

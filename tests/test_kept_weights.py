@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 
 from lightning_qinit import LSQ, prepare
-from lightning_qinit.quantizers import straight_through
+from lightning_qinit.quantizers import rounding
 
 
 class Counter(pl.Callback):
@@ -18,7 +18,7 @@ class Counter(pl.Callback):
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...] = (4, 4, 3, 3)) -> None:
         self.counts = {"train": 0, "validate": 0}
-        forward = straight_through._forward
+        forward = rounding.forward
 
         def counted(x: Tensor, *arguments: object) -> Tensor:
             if x.shape == shape and torch._C._current_graph_task_id() < 0:  # not in a backward pass
@@ -26,7 +26,7 @@ class Counter(pl.Callback):
             return forward(x, *arguments)
 
         self.training = True
-        monkeypatch.setattr(straight_through, "_forward", counted)
+        monkeypatch.setattr(rounding, "forward", counted)
 
     def on_validation_start(self, *arguments: object) -> None:
         self.training = False

@@ -118,7 +118,7 @@ class TestWithoutCompiler:
 
         monkeypatch.setattr(torch, "compile", compiles)
         monkeypatch.setattr(kernels, "LEAST", 1)
-        for kernel in (kernels.FORWARD, kernels.BACKWARD, kernels.TANGENTS):
+        for kernel in (kernels.FORWARD, kernels.BACKWARD, kernels.BACKWARD_OVER, kernels.TANGENTS):
             monkeypatch.setattr(kernel, "compiled", {})
 
     def test_falls_back_without_a_word(self) -> None:
@@ -168,6 +168,7 @@ def test_layers_keep_what_they_keep_in_float() -> None:
     model = network()
     _, plain = growth(lambda: model(x))
     quantized(model, x)
+    model(x)  # once, for the memory that all layers share
     _, kept = growth(lambda: model(x))
     weights = sum(weight.nbytes for layer in quantized_layers(model).values() for weight in layer.weights().values())
     assert plain > 500_000 and weights > 100_000
@@ -280,6 +281,25 @@ def test_second_derivatives() -> None:
             layer.weight_quantizer.kernels = layer.input_quantizer.kernels = kernel
         for got, value in zip(penalty(layers), penalty([by_hand(layer) for layer in layers]), strict=True):
             assert torch.allclose(got, value, rtol=1e-4, atol=1e-6) and bool(value.abs().max() > 0)
+
+
+def test_with_hooks_and_while_watched_the_same() -> None:
+    x = torch.randn(4, 3, 8, 8)
+    model = quantized(network(), x)
+    expected = gradients(model, x, model)
+    seen = []
+    for layer in quantized_layers(model).values():
+        for quantizer in layer.quantizers().values():
+            quantizer.watch = lambda quantizer, x, y: seen.append((quantizer, x.clone(), y.clone()))
+    watched = gradients(model, x, model)
+    assert len(seen) == 8 and all(torch.equal(y, quantizer(x)) for quantizer, x, y in list(seen))
+    handles = [quantizer.register_forward_hook(lambda *of: None) for quantizer, *_ in seen[:8]]
+    hooked = gradients(model, x, model)
+    for first, second, value in zip(watched, hooked, expected, strict=True):
+        assert torch.equal(first, value) and torch.allclose(second, value, rtol=1e-4, atol=1e-6)
+    handles[0].remove()
+    seen[0][0].register_forward_hook(lambda quantizer, inputs, y: 2 * y)  # and what a hook changes counts
+    assert not torch.allclose(model(x), hooked[0])
 
 
 def test_autocast_rounds_to_its_dtype_once() -> None:

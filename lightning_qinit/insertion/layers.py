@@ -20,7 +20,6 @@ from lightning_qinit.quantizers import Quantizer
 from lightning_qinit.quantizers.fused import Operand, fused
 from lightning_qinit.quantizers.operation import Convolution, Operation, Product
 
-
 PRODUCT = Product()
 
 
@@ -141,6 +140,7 @@ def _quantize(
 
 class _OneWeight(QuantizedLayer):
     weight: Tensor
+    bias: Any  # a parameter, or None
 
     @property
     def linear(self) -> bool:
@@ -159,11 +159,14 @@ class _OneWeight(QuantizedLayer):
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
         if operation is not None and not torch.compiler.is_compiling() and type(x) is Tensor and x.numel():
-            operands = _operand(self.input_quantizer, x, dtype), _operand(self.weight_quantizer, self.weight, dtype)
-            if None not in operands and any(operand.how for operand in operands):
+            inputs, weights = (
+                _operand(self.input_quantizer, x, dtype),
+                _operand(self.weight_quantizer, self.weight, dtype),
+            )
+            if inputs is not None and weights is not None and (inputs.how or weights.how):
                 bias = self.bias if self.bias is None or dtype is None else self.bias.to(dtype)
                 with torch.autocast(device, enabled=False) if dtype else nullcontext():
-                    return fused(operation, *operands, bias)
+                    return fused(operation, inputs, weights, bias)
         return plain(self.quantize_input(x, dtype=dtype), self.quantize_weight(self.weight, dtype=dtype), self.bias)
 
 
@@ -182,12 +185,10 @@ class QuantLinear(_OneWeight, nn.Linear):
 
 class _QuantConv(_OneWeight, _ConvNd):
     def forward(self, input: Tensor) -> Tensor:
-        padding = (0,) * len(self.stride) if self.padding == "valid" else self.padding
-        # what is convolved otherwise is a padded copy
-        if input.dim() != self.weight.dim() or padding == "same" or self.padding_mode != "zeros":
-            operation = None
-        else:
-            operation = Convolution(self.stride, padding, self.dilation, False, self.output_padding, self.groups)
+        operation = None
+        # what is convolved otherwise may be a padded copy
+        if input.dim() == self.weight.dim() and self.padding_mode == "zeros" and not isinstance(self.padding, str):
+            operation = Convolution(self.stride, self.padding, self.dilation, False, self.output_padding, self.groups)
         return self.compute(input, operation, self._conv_forward)
 
 
@@ -221,7 +222,7 @@ class _QuantConvTranspose(_OneWeight, _ConvTransposeNd):
         )
         settings = self.stride, self.padding, output_padding, self.groups, self.dilation
         operation = None
-        if input.dim() == self.weight.dim():
+        if input.dim() == self.weight.dim() and not isinstance(self.padding, str):
             operation = Convolution(self.stride, self.padding, self.dilation, True, output_padding, self.groups)
         convolve = type(self).convolve
         return self.compute(input, operation, lambda x, w, bias: convolve(x, w, bias, *settings))

@@ -79,15 +79,19 @@ class Monitor:
                 quantizer.watch = partial(self._add, name)
             self._open = True
 
+    def stop(self) -> None:
+        """Stop measuring, whatever was measured."""
+        for quantizer in self.quantizers.values():
+            quantizer.watch = None
+        self._open = False
+
     def close(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Stop measuring and return what was measured by its logged name.
 
         Args:
             reduce: sums a tensor over all ranks.
         """
-        for quantizer in self.quantizers.values():
-            quantizer.watch = None
-        self._open = False
+        self.stop()
         names = list(self.quantizers)
         device = self.quantizers[names[0]].initial_step.device
         # ranks may have run different layers; all reduce the same tensor

@@ -221,8 +221,8 @@ class Quantizer(nn.Module, ABC):
 
         Which is so for subclasses that override :meth:`quantize` or :meth:`forward`, and where there are hooks.
         """
-        kind = type(self)
-        if kind.quantize is not Quantizer.quantize or kind.forward is not Quantizer.forward or self._is_hooked:
+        methods = [getattr(method, "__func__", None) for method in (self.quantize, self.forward)]
+        if methods != [Quantizer.quantize, Quantizer.forward] or self._is_hooked:
             return None
         if not self.active or not x.is_floating_point():
             return Operand(x)

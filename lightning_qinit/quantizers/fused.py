@@ -14,6 +14,12 @@ from lightning_qinit.quantizers.straight_through import round_to_levels
 INPUT, WEIGHT = Scratch(), Scratch()
 
 
+def release_scratch() -> None:
+    """Give the memory back that the layers of this thread share."""
+    INPUT.release()
+    WEIGHT.release()
+
+
 class Operand(NamedTuple):
     """A tensor that an operation uses.
 
@@ -42,8 +48,7 @@ def fused(operation: Operation, x: Operand, weight: Operand, bias: Tensor | None
         weight: the weight.
         bias: added to the output.
     """
-    steps = [(None, None) if how is None else (how.scale, how.offset) for _, how, _ in (x, weight)]
-    result: Tensor = Fused.apply(x.x, *steps[0], weight.x, *steps[1], bias, operation, x, weight)
+    result: Tensor = Fused.apply(*_tensors(x), *_tensors(weight), bias, operation, x, weight)
     return result
 
 
@@ -51,50 +56,41 @@ class Fused(torch.autograd.Function):
     """See :func:`fused`."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        scale: Tensor | None,
-        offset: Tensor | None,
-        weight: Tensor,
-        weight_scale: Tensor | None,
-        weight_offset: Tensor | None,
-        bias: Tensor | None,
-        operation: Operation,
-        *operands: Operand,
-    ) -> Tensor:
-        ctx.save_for_backward(x, scale, offset, weight, weight_scale, weight_offset)
-        ctx.operation, ctx.constants = (
-            operation,
-            [how and how._replace(scale=None, offset=None) for _, how, _ in operands],
-        )
-        used = [_used(x, how, scratch) for (x, how, _), scratch in zip(operands, (INPUT, WEIGHT), strict=True)]
-        for operand, values in zip(operands, used, strict=True):
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *tensors, bias, operation, x, weight = arguments
+        ctx.save_for_backward(*tensors)
+        ctx.operation, ctx.constants = operation, (_constants(x.how), _constants(weight.how))
+        used = _used(x.x, x.how, INPUT), _used(weight.x, weight.how, WEIGHT)
+        for operand, values in zip((x, weight), used, strict=True):
             if operand.watch is not None:
                 operand.watch(values)
-        return operation(*used, bias)
+        result: Tensor = operation(*used, bias)
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, offset, weight, weight_scale, weight_offset = ctx.saved_tensors
-        steps = (scale, offset), (weight_scale, weight_offset)
-        how, how_weight = (
-            constants and constants._replace(scale=scale, offset=offset)
-            for constants, (scale, offset) in zip(ctx.constants, steps, strict=True)
+        how = _with(ctx.constants[0], scale, offset)
+        how_weight = _with(ctx.constants[1], weight_scale, weight_offset)
+        operation: Operation = ctx.operation
+        of_input, of_weight, of_bias = (
+            any(ctx.needs_input_grad[:3]),
+            any(ctx.needs_input_grad[3:6]),
+            ctx.needs_input_grad[6],
         )
-        needs = ctx.needs_input_grad
+        data_only = how is not None and how.scale.numel() == 1 and not ctx.needs_input_grad[0]
         used, used_weight = _used(x, how, INPUT), _used(weight, how_weight, WEIGHT)
-        of_data = not needs[0] and how is not None and how.scale.numel() == 1
-        wanted = any(needs[:3]) and not of_data, any(needs[3:6]), needs[6]
-        to_x, to_weight, to_bias = ctx.operation.backward(grad, used, used_weight, *wanted)
-        if of_data and any(needs[1:3]):
-            to_input = (None, *_of_data(ctx.operation, grad, x, how, used_weight))
-        else:
-            to_input = _gradients(to_x, x, how)
+        wanted = of_input and not data_only, of_weight, of_bias
+        to_x, to_weight, to_bias = operation.backward(grad, used, used_weight, wanted) if any(wanted) else 3 * (None,)
+        to_input = _gradients(to_x, x, how)
+        if how is not None and data_only and of_input:
+            to_input = None, *_of_data(operation, grad, x, how, used_weight)
         return *to_input, *_gradients(to_weight, weight, how_weight), to_bias, None, None, None
 
 
-def _of_data(operation: Operation, grad: Tensor, x: Tensor, how: Rounding, weight: Tensor) -> tuple[Tensor | None, ...]:
+def _of_data(
+    operation: Operation, grad: Tensor, x: Tensor, how: Rounding, weight: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
     """The gradients to step and offset of an input that needs none itself, such as a batch of data.
 
     The gradient to a wide input of few channels costs more than anything else in its layer. The output being linear in
@@ -105,14 +101,18 @@ def _of_data(operation: Operation, grad: Tensor, x: Tensor, how: Rounding, weigh
     def gradient(change: Tensor | None) -> Tensor | None:
         if change is None:
             return None
-        _, moved, _ = operation.backward(grad, change, weight, False, True, False)
+        moved = operation.backward(grad, change, weight, (False, True, False))[1]
+        assert moved is not None
         wide = torch.promote_types(weight.dtype, torch.float32)
         return (moved.to(wide) * weight.to(wide)).sum().reshape(how.scale.shape) * how.gradient_scale
 
-    return tuple(gradient(change) for change in changes(x, how))
+    by_scale, by_offset = changes(x, how)
+    return gradient(by_scale), gradient(by_offset)
 
 
-def _gradients(grad: Tensor | None, x: Tensor, how: Rounding | None) -> tuple[Tensor | None, ...]:
+def _gradients(
+    grad: Tensor | None, x: Tensor, how: Rounding | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if grad is None:
         return None, None, None
     if how is None:
@@ -125,3 +125,16 @@ def _used(x: Tensor, how: Rounding | None, scratch: Scratch) -> Tensor:
         return x
     # a backward pass that is differentiated itself knows the rounding's derivatives, and keeps the result
     return round_to_levels(x, how) if torch.is_grad_enabled() else rounded(x, how, scratch)
+
+
+def _tensors(operand: Operand) -> tuple[Tensor | None, ...]:
+    x, how, _ = operand
+    return (x, None, None) if how is None else (x, how.scale, how.offset)
+
+
+def _constants(how: Rounding | None) -> Rounding | None:
+    return how and how.constants
+
+
+def _with(how: Rounding | None, scale: Tensor, offset: Tensor | None) -> Rounding | None:
+    return how and how._replace(scale=scale, offset=offset)

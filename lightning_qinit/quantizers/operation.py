@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Wanted = tuple[bool, bool, bool]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -19,10 +20,8 @@ class Operation(ABC):
         """The output."""
 
     @abstractmethod
-    def backward(
-        self, grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool, of_bias: bool
-    ) -> Gradients:
-        """The gradients to input, weight and bias; ``None`` for those that are not wanted."""
+    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: Wanted) -> Gradients:
+        """The gradients to input, weight and bias, in memory of their own; ``None`` for those that are not wanted."""
 
 
 class Product(Operation):
@@ -31,14 +30,12 @@ class Product(Operation):
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
-    def backward(
-        self, grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool, of_bias: bool
-    ) -> Gradients:
+    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: Wanted) -> Gradients:
         rows = grad.reshape(-1, grad.shape[-1])
         return (
-            grad @ weight if of_x else None,
-            rows.T @ x.reshape(-1, x.shape[-1]) if of_weight else None,
-            rows.sum(0) if of_bias else None,
+            grad @ weight if wanted[0] else None,
+            rows.T @ x.reshape(-1, x.shape[-1]) if wanted[1] else None,
+            rows.sum(0) if wanted[2] else None,
         )
 
 
@@ -53,16 +50,12 @@ class Convolution(Operation):
     output_padding: Sequence[int]
     groups: int
 
-    @property
-    def _geometry(self) -> tuple[object, ...]:
-        return self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups
-
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.convolution(x, weight, bias, *self._geometry)
+        return torch.convolution(x, weight, bias, **vars(self))
 
-    def backward(
-        self, grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool, of_bias: bool
-    ) -> Gradients:
-        sizes = [grad.shape[1]] if of_bias else None
-        wanted = [of_x, of_weight, of_bias]
-        return torch.ops.aten.convolution_backward(grad, x, weight, sizes, *self._geometry, wanted)
+    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: Wanted) -> Gradients:
+        sizes = [grad.shape[1]] if wanted[2] else None
+        result: Gradients = torch.ops.aten.convolution_backward(
+            grad, x, weight, sizes, **vars(self), output_mask=wanted
+        )
+        return result

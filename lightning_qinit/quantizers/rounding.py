@@ -47,6 +47,11 @@ class Rounding(NamedTuple):
     ready: Tensor | None = None
 
     @property
+    def constants(self) -> "Rounding":
+        """All but step and offset, which autograd keeps."""
+        return self._replace(scale=None, offset=None)  # type: ignore[arg-type]
+
+    @property
     def columns(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """Step, offset and levels as kernels take them."""
         offset = None if self.offset is None else self.offset.detach().reshape(-1, 1)
@@ -72,7 +77,9 @@ def rounded(x: Tensor, how: Rounding, scratch: Scratch | None = None) -> Tensor:
     return out
 
 
-def gradients(grad: Tensor, x: Tensor, how: Rounding, private: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+def gradients(
+    grad: Tensor, x: Tensor, how: Rounding, private: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradients to ``x``, step and offset.
 
     The gradient to ``x`` passes where ``v = (x - offset) / scale`` lies between the outer levels. The step receives,
@@ -97,10 +104,8 @@ def gradients(grad: Tensor, x: Tensor, how: Rounding, private: bool = False) -> 
             to_x = layout.empty(x.dtype, x.device)
             values = layout.flat(to_x), layout.flat(grad), layout.flat(x)
             others = BACKWARD(*values, *how.columns, *constants, force=force)
-    to_scale, to_offset = others
-    to_scale = to_scale.reshape(how.scale.shape) * how.gradient_scale
-    if how.offset is not None:
-        to_offset = to_offset.reshape(how.offset.shape) * how.gradient_scale
+    shape, factor = how.scale.shape, how.gradient_scale
+    to_scale, to_offset = (None if sum_ is None else sum_.reshape(shape) * factor for sum_ in others)
     return to_x, to_scale, to_offset
 
 

@@ -27,7 +27,7 @@ class RoundToLevels(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, how: Rounding) -> Tensor:
         ctx.save_for_backward(x, scale, offset)
-        ctx.how = how._replace(scale=None, offset=None)
+        ctx.how = how.constants
         return rounded(x, how)
 
     @staticmethod
