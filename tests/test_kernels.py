@@ -192,7 +192,7 @@ def gradients(layer: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor]) -> 
     layer.zero_grad()
     leaf = x.detach().requires_grad_(x.requires_grad)
     out = call(leaf)
-    out.mul(torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
+    out.mul_(torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()  # as an activation in place would
     found = [out.detach(), *(p.grad for p in layer.parameters())]
     return found + ([leaf.grad] if x.requires_grad else [])
 

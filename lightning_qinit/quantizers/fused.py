@@ -65,7 +65,7 @@ class Fused(torch.autograd.Function):
             if operand.watch is not None:
                 operand.watch(values)
         result: Tensor = operation(*used, bias)
-        return result
+        return result.data  # of a product it may be a view, which could not be changed in place later
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
