@@ -176,9 +176,9 @@ def test_layers_keep_what_they_keep_in_float() -> None:
 
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "linear": (lambda: nn.Linear(6, 5), (4, 6)),
+    "linear": (lambda: nn.Linear(6, 5, bias=False), (4, 6)),
     "linear, vector": (lambda: nn.Linear(6, 5), (6,)),
-    "linear, sequence": (lambda: nn.Linear(6, 5, bias=False), (2, 3, 6)),
+    "linear, sequence": (lambda: nn.Linear(6, 5), (2, 3, 6)),
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1), (2, 4, 7)),
     "conv2d": (lambda: nn.Conv2d(4, 6, 3, stride=2, groups=2), (3, 4, 7, 7)),
     "conv2d, one": (lambda: nn.Conv2d(4, 4, 3), (4, 7, 7)),
