@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--data", default="digits", choices=["digits", "fashion-mnist", "cifar10"])
     parser.add_argument("--root", default="data", help="folder of torchvision's datasets, downloaded if absent")
     parser.add_argument("--out", default="classifier.onnx")
+    parser.add_argument("--batchnorm", action="store_true", help="fold BatchNorm into the steps, for integer kernels")
     parser.add_argument("--latency", default="resnet18", help="model of torchvision to time in 8 bits; '' for none")
     parser.add_argument("--size", type=int, default=224, help="of the images of that model")
     arguments = parser.parse_args()
@@ -39,7 +40,8 @@ def main() -> None:
     data.setup("test")
     batches = [(x, y) for x, y in data.test_dataloader()]
     dynamic = {"x": {0: torch.export.Dim("batch")}}
-    report = export_onnx(model, batches[0][0], arguments.out, dynamic_shapes=dynamic)
+    sample = batches[0][0]
+    report = export_onnx(model, sample, arguments.out, batchnorm=arguments.batchnorm, dynamic_shapes=dynamic)
     print(f"{checkpoint} -> {arguments.out}\n\n{format_size(size_report(model))}\n")
     if report.zero_points:
         print(f"Rounding the offsets moved the outputs by {100 * report.change:.2f} %.")

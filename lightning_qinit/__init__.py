@@ -1,5 +1,6 @@
 """Quantization-aware training for PyTorch Lightning whose steps start where the quantization error is least."""
 
+from lightning_qinit.batchnorm import fold_batchnorm as fold_batchnorm
 from lightning_qinit.callback import QuantInitCallback as QuantInitCallback
 from lightning_qinit.checkpoint import load_from_checkpoint as load_from_checkpoint
 from lightning_qinit.checkpoint import restore as restore

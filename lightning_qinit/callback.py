@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_qinit import _trainer
+from lightning_qinit.batchnorm import fold_alike
 from lightning_qinit.calibration import check_weights, set_statistics, warn_blind
 from lightning_qinit.calibration.initialize import WIDTHS
 from lightning_qinit.calibration.run import choose_in_training
@@ -432,6 +433,7 @@ class QuantInitCallback(Callback):
                     "The checkpoint is one of a float module, whose optimizer knows no steps: load its weights "
                     "(`Module.load_from_checkpoint(path)`) and call `fit` without `ckpt_path`."
                 )
+            fold_alike(pl_module, checkpoint["state_dict"])
             on_load_checkpoint(checkpoint)
 
         vars(pl_module)["on_load_checkpoint"] = check_then_load

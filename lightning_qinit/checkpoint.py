@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from lightning.pytorch import LightningModule
 
+from lightning_qinit.batchnorm import fold_alike
 from lightning_qinit.config import QuantConfig, plain
 from lightning_qinit.insertion import insert
 
@@ -15,6 +16,8 @@ T = TypeVar("T", bound=LightningModule)
 
 def restore(module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
     """Insert the quantizers that a checkpoint was trained with, so that its state dict loads strictly.
+
+    BatchNorm that was folded before training (:func:`~lightning_qinit.fold_batchnorm`) is folded here too.
 
     For a module's own ``on_load_checkpoint``, which Lightning calls before it loads the weights::
 
@@ -30,6 +33,7 @@ def restore(module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
     Raises:
         ValueError: if the checkpoint holds quantizers but not their settings (``save_weights_only=True``).
     """
+    fold_alike(module, checkpoint["state_dict"])
     settings = saved_settings(checkpoint)
     if settings is not None:
         insert(module, QuantConfig.from_plain(settings))

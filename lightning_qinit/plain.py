@@ -90,7 +90,7 @@ def calibrate(
     )
 
     def run(batch: Any, index: int) -> list[Tensor]:
-        output = (step or _call)(module, batch)
+        output = (step or call)(module, batch)
         return [output] if isinstance(output, Tensor) else []
 
     layers = quantized_layers(module)
@@ -111,7 +111,8 @@ def calibrate(
     return [make_row(start) for start in starts]
 
 
-def _call(module: nn.Module, batch: Any) -> Any:
+def call(module: nn.Module, batch: Any) -> Any:
+    """The output of a module for a batch: a mapping of keyword arguments, a tuple or list of arguments, or the one."""
     if isinstance(batch, Mapping):
         return module(**batch)
     return module(*batch) if isinstance(batch, (tuple, list)) else module(batch)

@@ -1,6 +1,8 @@
 """onnxruntime gives the answers of the fake-quantized module."""
 
 import copy
+import importlib
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -13,6 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_export import CASES, SETTINGS, case
 from torch import Tensor, nn
+from torchvision import models
 
 from lightning_qinit import QuantInitCallback, calibrate, load_from_checkpoint, prepare
 from lightning_qinit.export import export_onnx, fold, load_integers, snap_offsets
@@ -223,6 +226,72 @@ def test_batchnorm_is_folded_into_the_steps(per_channel: bool, tmp_path: Path):
     # a value of the hidden layer may fall on the other side of a rounding boundary
     differs = (actual - expected).abs() > 1e-4 * expected.abs().max()
     assert differs.double().mean() < 1e-3
+
+
+@pytest.fixture
+def count_flips(monkeypatch: pytest.MonkeyPatch) -> Callable:
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples" / "benchmarks")
+    return importlib.import_module("flips").count_flips
+
+
+def test_flips_are_counted_layer_by_layer(count_flips: Callable, tmp_path: Path):
+    _, module, _ = case("small-net", weight_bits=4, activation_bits=4)
+    x = torch.randn(500, 1, 6, 6)
+    export_onnx(module, x, tmp_path / "model.onnx")
+    flips, difference = count_flips(module, x, tmp_path / "model.onnx")
+    assert [flip.name for flip in flips] == ["stem.input", "body.input", "hidden.input", "head.input"]
+    assert [flip.elements for flip in flips] == [500 * 36, 500 * 144, 500 * 144, 500 * 8]
+    assert all(flip.own + flip.layer + flip.cascaded == 0 for flip in flips) and difference < 1e-6
+    quantizer = module.body.input_quantizer  # one of another step, so that the file is wrong about this layer
+    with torch.no_grad():
+        quantizer.relative_step.mul_(1.01)
+        given = module.norm(module.stem(x)).relu()
+        code, other = (given / step for step in (quantizer.step, quantizer.step / 1.01))
+    expected = int((code.round().clamp(max=15) != other.round().clamp(max=15)).sum())
+    body, hidden = count_flips(module, x, tmp_path / "model.onnx")[0][1:3]
+    # values on a boundary by float rounding aside
+    assert expected > 100 and abs(body.own - expected) <= 3 and abs(body.layer - expected) <= 3
+    assert hidden.own == 0 and hidden.layer == 0 and hidden.cascaded > 0
+
+
+class LSTM(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(3 * 32, 16, 2, batch_first=True), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x.flatten(2))[0][:, -1])
+
+
+def vit() -> nn.Module:
+    return models.VisionTransformer(32, 8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=10)
+
+
+NETWORKS = {
+    "resnet18": lambda: models.resnet18(num_classes=10),
+    "mobilenet_v3_small": lambda: models.mobilenet_v3_small(num_classes=10),
+    "vit": vit,
+    "lstm": LSTM,
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_whole_networks_export_and_run(name: str, count_flips: Callable, tmp_path: Path):
+    torch.manual_seed(0)
+    module, x = NETWORKS[name](), torch.randn(4, 3, 32, 32)
+    if name == "lstm":
+        x = x.transpose(1, 2)  # rows of an image
+    with torch.no_grad():
+        module.train()(x)
+        if name == "vit":
+            nn.init.normal_(module.heads.head.weight)  # which starts at zero
+    prepare(module.eval(), weight_bits=4, activation_bits=4, initializer="minmax")  # which is fast
+    calibrate(module, [x])
+    export_onnx(module, x, tmp_path / "model.onnx")
+    flips, difference = count_flips(module, x, tmp_path / "model.onnx")
+    assert difference < 1e-5 and all(flip.difference < 1e-5 for flip in flips)
+    # 1 in 100,000 elements, and what so few of them may have by chance
+    assert sum(flip.own + flip.layer for flip in flips) <= 2 + 1e-5 * sum(flip.elements for flip in flips)
 
 
 def test_the_callback_refuses_a_folded_module(tmp_path: Path):

@@ -6,6 +6,7 @@ from lightning_qinit.calibration.initialize import Start as Start
 from lightning_qinit.calibration.initialize import check_weights as check_weights
 from lightning_qinit.calibration.initialize import warn_blind as warn_blind
 from lightning_qinit.calibration.mode import calibration_mode as calibration_mode
+from lightning_qinit.calibration.mode import untrained as untrained
 from lightning_qinit.calibration.observe import Observation as Observation
 from lightning_qinit.calibration.observe import observe as observe
 from lightning_qinit.calibration.passes import Passes as Passes

@@ -13,11 +13,12 @@ def calibration_mode(module: nn.Module) -> None:
     """
     module.eval()
     for child in module.modules():
-        if isinstance(child, _NormBase) and _untrained(child):
+        if isinstance(child, _NormBase) and untrained(child):
             child.train()
 
 
-def _untrained(norm: _NormBase) -> bool:
+def untrained(norm: _NormBase) -> bool:
+    """Whether running statistics are still those that a layer is built with."""
     # old checkpoints come without the count of batches, so a count of 0 alone does not tell
     mean, variance, batches = norm.running_mean, norm.running_var, norm.num_batches_tracked
     if mean is None or variance is None or batches is None:

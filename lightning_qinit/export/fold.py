@@ -21,7 +21,9 @@ def fold(module: Module) -> Module:
     In eval mode and without gradients the copy gives the outputs of ``module`` to the last bit (on the CPU). Its state
     dict has the keys of the float model, so that its weights load into one, and
     ``torch.export.export(fold(module), sample)`` gives a program that runs without this package. Layers whose inputs
-    are not quantized are torch's classes again.
+    are not quantized are torch's classes again. BatchNorm stays what it is;
+    :func:`lightning_qinit.fold_batchnorm(fold(module), sample) <lightning_qinit.fold_batchnorm>` makes it part of the
+    weights, up to float rounding.
 
     Two limits: torch's fake quantization does not keep NaN; and an ``nn.TransformerEncoderLayer`` of which only weights
     are quantized may take torch's fused path again, which rounds differently.

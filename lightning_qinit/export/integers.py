@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from lightning_qinit.batchnorm import fold_alike
 from lightning_qinit.export.codes import weight_codes
 from lightning_qinit.export.extra import require
 from lightning_qinit.export.fold import fold, freeze, frozen_inputs
@@ -87,6 +88,7 @@ def load_integers(module: Module, state: Mapping[str, Tensor] | str | PathLike[s
     if any(isinstance(layer, QuantizedLayer) for layer in module.modules()):
         raise ValueError(f"`module` must be the float model, got a {type(module).__name__} with quantized layers.")
     loaded = copy.deepcopy(module).eval()
+    fold_alike(loaded, left)
     named = [(name, m) for name, m in loaded.named_modules(remove_duplicate=False) if type(m) in QUANTIZED_LAYERS]
     for name, layer in reversed(named):  # children first
         kind = QUANTIZED_LAYERS.get(type(layer), type(layer))  # one that has two names is done already under the second

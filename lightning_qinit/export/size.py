@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_qinit.export.fold import fold
 from lightning_qinit.export.integers import PARTS, integer_state_dict
 from lightning_qinit.monitoring.report import aligned
 
@@ -38,11 +37,11 @@ def size_report(module: nn.Module) -> list[SizeRow]:
     """
     packed = integer_state_dict(module)
     rows = []
-    for key, value in fold(module).state_dict().items():
-        if not isinstance(value, Tensor):
-            continue
+    for key, value in module.state_dict().items():
         bits = int(packed[f"{key}.layout"][0]) if f"{key}.layout" in packed else None
         parts = [packed.pop(k) for k in (key, *(f"{key}.{part}" for part in PARTS)) if k in packed]
+        if not parts:
+            continue  # of a quantizer
         rows.append(SizeRow(key, bits, value.nbytes, sum(part.nbytes for part in parts)))
     inputs = sum(part.nbytes for part in packed.values())  # all that is left
     total = SizeRow("", None, sum(row.float_bytes for row in rows), sum(row.bytes for row in rows) + inputs)
