@@ -213,8 +213,13 @@ class Quantizer(nn.Module, ABC):
         scale = broadcast_channels(self.step, x, self.channel_axis)
         y = self.quantize(self.transform(x), scale, self._elements_per_step(x, samples), dtype or x.dtype)
         if self.watch is not None:
-            self.watch(self, x.detach(), y.detach())
+            self._show(x.detach(), y.detach())
         return y
+
+    @torch.compiler.disable
+    def _show(self, x: Tensor, y: Tensor) -> None:
+        if self.watch is not None:
+            self.watch(self, x, y)
 
     def operand(self, x: Tensor, dtype: torch.dtype | None = None) -> Operand | None:
         """What ``forward`` would round, and how, for an operation that does it; ``None`` if that is not all it does.
