@@ -52,10 +52,10 @@ def fashion(root: Path) -> Data:
     return Data(_part(x, y, slice(-5000)), _part(x, y, slice(-2000, None)), _part(*load(False), slice(2000)))
 
 
-def cifar10(root: Path) -> Data:
+def cifar10(root: Path, tested: int = 10000) -> Data:
     """CIFAR-10 from ``cifar10.npz`` (``x_train``, ``y_train``, ``x_test``, ``y_test``; uint8, height, width, channels).
 
-    The last 5,000 training images are held out.
+    The last 5,000 training images are held out; the first ``tested`` test images are reported.
     """
     arrays = np.load(root / "cifar10.npz")
     mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -64,7 +64,7 @@ def cifar10(root: Path) -> Data:
         x = torch.from_numpy(arrays[f"x_{kind}"][index]).permute(0, 3, 1, 2)
         return (x.float() / 255 - mean) / std, torch.from_numpy(arrays[f"y_{kind}"][index])
 
-    return Data(load("train", slice(-5000)), load("train", slice(-5000, None)), load("test", slice(None)))
+    return Data(load("train", slice(-5000)), load("train", slice(-5000, None)), load("test", slice(tested)))
 
 
 def speech(root: Path) -> Data:

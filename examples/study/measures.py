@@ -8,7 +8,7 @@ A record is plain numbers, kept as a line of JSON:
 - ``float``: the score of the float network;
 - ``scores``: pairs of step and score, evaluated right after initialization (step 0), every few steps, and at the end;
 - ``losses``: of training, the mean over each ten steps; ``null`` where it was not finite;
-- ``blind``: the loss of the best constant answer;
+- ``blind``: the loss of the best constant answer, on the data evaluated;
 - ``drift``: how far the steps of the quantizers moved from their start: the mean over quantizers of ``|log2|`` of the
   ratio.
 """
@@ -21,7 +21,6 @@ import lightning.pytorch as pl
 import torch
 from data import Pair
 from scipy.stats import t as student
-from tasks import loss_of
 from torch import Tensor, nn
 
 from lightning_qinit import Quantizer
@@ -135,21 +134,34 @@ def diverged(record: Record) -> bool:
 
 
 class Measure(NamedTuple):
-    """A number of a record, its name for tables, and whether more is better (1), less (-1), or neither (0)."""
+    """A number of a record.
+
+    Attributes:
+        title: for tables.
+        of: reads it off.
+        better: 1 where more is better, -1 where less is, 0 for neither.
+        relative: whether two are compared by their ratio, as percent, since tasks differ in scale.
+    """
 
     title: str
     of: Callable[[Record], float]
     better: int
+    relative: bool = False
+
+    def difference(self, first: Record, second: Record) -> float:
+        """How much more the first has: in units of the measure, or in percent of the second."""
+        a, b = self.of(first), self.of(second)
+        return 100 * (a / b - 1) if self.relative else a - b
 
 
 MEASURES = {
     "initial": Measure("score after initialization", initial_score, 1),
-    "target": Measure("steps to 95 % of float", steps_to_target, -1),
-    "loss50": Measure("mean loss of steps 1-50", lambda record: mean_loss(record, 50), -1),
-    "loss500": Measure("mean loss of steps 1-500", lambda record: mean_loss(record, 500), -1),
+    "target": Measure("steps to target", steps_to_target, -1),
+    "loss50": Measure("loss of steps 1-50, %", lambda record: mean_loss(record, 50), -1, relative=True),
+    "loss500": Measure("loss of steps 1-500, %", lambda record: mean_loss(record, 500), -1, relative=True),
     "final": Measure("final score", final_score, 1),
-    "diverged": Measure("share of diverged runs", lambda record: float(diverged(record)), -1),
-    "drift": Measure("drift of the steps, octaves", lambda record: record["drift"], 0),
+    "diverged": Measure("diverged, %", lambda record: 100.0 * diverged(record), -1),
+    "drift": Measure("drift, octaves", lambda record: record["drift"], 0),
 }
 
 

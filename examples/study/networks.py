@@ -101,7 +101,9 @@ class Attention(nn.Module):
 class CharTransformer(nn.Module):
     """A small decoder-only transformer with pre-norm blocks and GELU."""
 
-    def __init__(self, vocabulary: int = 65, width: int = 48, heads: int = 4, layers: int = 2, length: int = 32) -> None:
+    def __init__(
+        self, vocabulary: int = 65, width: int = 48, heads: int = 4, layers: int = 2, length: int = 32
+    ) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocabulary, width)
         self.position = nn.Parameter(0.02 * torch.randn(length, width))

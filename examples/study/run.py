@@ -97,13 +97,13 @@ class Runner:
         """Train from the float weights of the seed, on its order of batches, and return the record."""
         name, seed, part = setting["task"], setting["seed"], setting["part"]
         if name not in self.data:
-            self.data = {name: TASKS[name].load(self.root)}
+            self.data[name] = TASKS[name].load(self.root)
         parts = self.data[name]
         recipe = replace(TASKS[name].recipe, **setting["recipe"])
         if (name, seed) not in self.floats:
             file = self.cache / f"{name}-{seed}.pt"
             net = float_network(TASKS[name], parts, seed, self.root, file)
-            self.floats = {(name, seed): (net, {})}
+            self.floats[name, seed] = (net, {})
         net, scores = self.floats[name, seed]
         if part not in scores:
             scores[part] = score(net, getattr(parts, part))
@@ -132,6 +132,7 @@ def main() -> None:
     parser.add_argument("--data-root", default="data", type=Path, help="folder of the data (README.md)")
     parser.add_argument("--results", type=Path, help="file to add to; results/<preset>.jsonl if not given")
     parser.add_argument("--cache", default="runs/study", type=Path, help="folder of the trained float weights")
+    parser.add_argument("--seeds", type=int, help="run only the seeds below this, for a first look")
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*|.*GPU available.*|.*treespec.*")
@@ -139,6 +140,9 @@ def main() -> None:
     preset = Path(arguments.preset) if arguments.preset.endswith(".yaml") else HERE / f"{arguments.preset}.yaml"
     results = arguments.results or HERE / "results" / f"{preset.stem}.jsonl"
     wanted = [setting for grid in yaml.safe_load(preset.read_text()) for setting in settings(grid)]
+    if arguments.seeds is not None:
+        wanted = [setting for setting in wanted if setting["seed"] < arguments.seeds]
+    wanted.sort(key=lambda setting: setting["seed"])  # stable: a grid that is half done holds whole comparisons
     known = read([*sorted(results.parent.glob("*.jsonl")), results])
     done = {key(row["setting"]) for row in known}
     missing = {key(setting): setting for setting in wanted if key(setting) not in done}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import data
@@ -58,14 +59,14 @@ class Task:
 
 TASKS = {
     "digits": Task(data.digits, lambda: ResNet(1, 8, 1), Recipe("sgd", 0.02, 100, 64, 5, 0.05, 300)),
-    "speech": Task(data.speech, SpeechNet, Recipe("sgd", 0.01, 120, 32, 10, 0.05, 1500)),
-    "chars": Task(data.chars, CharTransformer, Recipe("adam", 1e-3, 150, 16, 10, 3e-3, 2000)),
+    "speech": Task(data.speech, SpeechNet, Recipe("sgd", 0.03, 120, 32, 10, 0.05, 1500)),
+    "chars": Task(data.chars, CharTransformer, Recipe("adam", 3e-3, 100, 16, 10, 3e-3, 2000)),
     "ett": Task(data.ett, Forecaster, Recipe("adam", 1e-3, 120, 32, 10, 3e-3, 600)),
     "fashion": Task(data.fashion, lambda: ResNet(1, 8, 1), Recipe("sgd", 0.02, 150, 64, 10, 0.1, 2000)),
-    "cifar10": Task(data.cifar10, ResNet, Recipe("sgd", 0.01, 100, 64, 10), "cifar10_resnet20.pt"),
-    "cifar10-long": Task(
-        data.cifar10, ResNet, Recipe("sgd", 0.01, 10500, 128, 350, crops=True), "cifar10_resnet20.pt"
+    "cifar10": Task(
+        partial(data.cifar10, tested=1000), ResNet, Recipe("sgd", 0.01, 100, 64, 20), "cifar10_resnet20.pt"
     ),
+    "cifar10-long": Task(data.cifar10, ResNet, Recipe("sgd", 0.01, 10500, 128, 350, crops=True), "cifar10_resnet20.pt"),
 }
 
 
