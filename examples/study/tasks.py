@@ -64,7 +64,7 @@ TASKS = {
     "ett": Task(data.ett, Forecaster, Recipe("adam", 1e-3, 120, 32, 10, 3e-3, 600)),
     "fashion": Task(data.fashion, lambda: ResNet(1, 8, 1), Recipe("sgd", 0.02, 150, 64, 10, 0.1, 2000)),
     "cifar10": Task(
-        partial(data.cifar10, tested=1000), ResNet, Recipe("sgd", 0.01, 100, 64, 20), "cifar10_resnet20.pt"
+        partial(data.cifar10, tested=1000), ResNet, Recipe("sgd", 0.01, 100, 128, 20), "cifar10_resnet20.pt"
     ),
     "cifar10-long": Task(data.cifar10, ResNet, Recipe("sgd", 0.01, 10500, 128, 350, crops=True), "cifar10_resnet20.pt"),
 }
