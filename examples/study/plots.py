@@ -10,7 +10,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from compare import Row, cells, pooled, where
 from measures import MEASURES, TARGET
-from tables import BASE, OTHERS, QUANTIZERS, main_rows
+from tables import BASE, OTHERS, QUANTIZERS, main_cells
 
 LINES = {
     "optimal": {"color": "black", "lw": 2.4, "ls": "-"},
@@ -27,7 +27,7 @@ MARKERS = {"lsq": "s", "lsq+": "D", "minmax": "v", "percentile": "^", "aciq": "o
 
 def curves(rows: Sequence[Row], path: Path) -> None:
     """The score while training with 2 bits, LSQ's quantizer, the mean over seeds: one panel for each task."""
-    found = [c for c in main_rows(rows) if c.setting["quantizer"] == "lsq" and c.setting["bits"] == 2]
+    found = [c for c in main_cells(rows) if c.setting["quantizer"] == "lsq" and c.setting["bits"] == 2]
     figure, axes = plt.subplots(1, len(found), figsize=(2.6 * len(found), 2.9), squeeze=False)
     for axis, cell in zip(axes[0], found, strict=True):
         lowest = []
@@ -58,7 +58,7 @@ def differences(rows: Sequence[Row], path: Path) -> None:
     """Steps to target, of the optimum less every other initializer, with intervals: left of 0 the optimum is faster."""
     figure, axes = plt.subplots(1, len(QUANTIZERS), figsize=(9.6, 4.2), sharex=True)
     for axis, quantizer in zip(axes, QUANTIZERS, strict=True):
-        found = [cell for cell in main_rows(rows) if cell.setting["quantizer"] == quantizer]
+        found = [cell for cell in main_cells(rows) if cell.setting["quantizer"] == quantizer]
         ticks, place = [], 0.0
         for bits in sorted({cell.setting["bits"] for cell in found}):
             for other in OTHERS:

@@ -46,8 +46,13 @@ DEFAULTS: Setting = {
     "sequential": False,
     "recalibrate_batchnorm": False,
 }
-# SAWB is a rule for weights; inputs beside it start from the percentile, as in IBM's code
-PARTIAL = {"sawb": {"weight_initializer": "sawb", "activation_initializer": "percentile"}}
+# Different rules for weights and inputs. SAWB is one for weights; inputs beside it start from the percentile, as in
+# IBM's code.
+MIXED = {
+    "sawb": {"weight_initializer": "sawb", "activation_initializer": "percentile"},
+    "unbiased": {"weight_initializer": "unbiased.unbiased", "activation_initializer": "optimal"},
+    "lsq+ weights": {"weight_initializer": "lsq+", "activation_initializer": "optimal"},
+}
 
 
 def settings(grid: dict[str, Any]) -> Iterator[Setting]:
@@ -77,7 +82,7 @@ def callback(setting: Setting) -> QuantInitCallback:
         weight_bits=setting["bits"],
         activation_bits=setting["bits"],
         quantizer=setting["quantizer"],
-        **PARTIAL.get(setting["initializer"], {"initializer": setting["initializer"]}),
+        **MIXED.get(setting["initializer"], {"initializer": setting["initializer"]}),
         **own,
         log_quantizers=False,
         log_figures=0,

@@ -5,13 +5,14 @@ from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
 
 from compare import Cell, Row, cells, pooled, varied, where
-from measures import MEASURES, Interval, Measure
+from measures import MEASURES, Interval, Measure, interval
 from tasks import TASKS
 
 QUANTIZERS = ("lsq", "lsq+", "apot")
 OTHERS = ("lsq", "lsq+", "minmax", "percentile", "aciq", "sawb", "constant")
 COMPARED = ("initial", "target", "loss50", "loss500", "final")
 BASE = "optimal"
+NARROW = {"name": "lsq", "narrow_range": True}
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -28,9 +29,10 @@ def shown(found: Interval | None, better: int) -> str:
     return {1: f"**{text}**", -1: f"*{text}*", 0: text}[found.sign * better]
 
 
-def main_rows(rows: Sequence[Row]) -> list[Cell]:
+def main_cells(rows: Sequence[Row]) -> list[Cell]:
     """The main grid: everything by default but the axes."""
-    return cells(where(rows, lambda setting: setting["part"] == "test" and not varied(setting)), "initializer")
+    kept = where(rows, lambda s: s["part"] == "test" and s["quantizer"] in QUANTIZERS and not varied(s))
+    return cells(kept, "initializer")
 
 
 def tasks_table(rows: Sequence[Row]) -> str:
@@ -51,9 +53,30 @@ def tasks_table(rows: Sequence[Row]) -> str:
 
 
 def pooled_table(rows: Sequence[Row], quantizer: str) -> str:
-    """Of one quantizer: for each width and other initializer, differences over all tasks."""
+    """Of one quantizer: for each width and other initializer, differences over the small tasks."""
+    found = [c for c in main_cells(rows) if c.setting["quantizer"] == quantizer and c.setting["task"] != "cifar10"]
+    return _against(found)
+
+
+def cifar10_table(rows: Sequence[Row]) -> str:
+    """CIFAR-10 by itself."""
+    return _against([cell for cell in main_cells(rows) if cell.setting["task"] == "cifar10"])
+
+
+def norms_table(rows: Sequence[Row]) -> str:
+    """With BatchNorm statistics re-estimated under quantization, whatever the initializer."""
+    return _against(cells(where(rows, lambda s: set(varied(s)) == {"recalibrate_batchnorm"}), "initializer"))
+
+
+def narrow_table(rows: Sequence[Row]) -> str:
+    """With as many levels on either side of zero."""
+    small = where(rows, lambda s: s["quantizer"] == NARROW and s["task"] != "cifar10")
+    return _against(cells(small, "initializer"))
+
+
+def _against(found: Sequence[Cell]) -> str:
+    """For each width and other initializer, the optimum's differences over the cells."""
     lines = []
-    found = [cell for cell in main_rows(rows) if cell.setting["quantizer"] == quantizer]
     for bits in sorted({cell.setting["bits"] for cell in found}):
         chosen = [cell for cell in found if cell.setting["bits"] == bits]
         for other in OTHERS:
@@ -78,19 +101,15 @@ def verdicts_table(rows: Sequence[Row]) -> str:
 
 
 def _count(rows: Sequence[Row], measure: Measure, other: str) -> str:
-    from measures import interval
-
-    found = [list(cell.differences(measure, BASE, other).values()) for cell in main_rows(rows)]
+    found = [list(cell.differences(measure, BASE, other).values()) for cell in main_cells(rows)]
     signs = [interval(values).sign * measure.better for values in found if len(values) > 1]
     return f"{signs.count(1)} / {signs.count(0)} / {signs.count(-1)}" if signs else "-"
 
 
 def exceptions_table(rows: Sequence[Row], name: str = "target") -> str:
     """Every cell and other initializer where the optimum is worse by the mean, with its interval."""
-    from measures import interval
-
     measure, lines = MEASURES[name], []
-    for cell in main_rows(rows):
+    for cell in main_cells(rows):
         for other in OTHERS:
             values = list(cell.differences(measure, BASE, other).values())
             if len(values) > 1 and fmean(values) * measure.better < 0:
@@ -105,7 +124,7 @@ def spread_table(rows: Sequence[Row]) -> str:
     """The standard deviation of the final score over seeds, as root mean square over the cells that all have."""
     lines = []
     for quantizer in QUANTIZERS:
-        found = [cell for cell in main_rows(rows) if cell.setting["quantizer"] == quantizer]
+        found = [cell for cell in main_cells(rows) if cell.setting["quantizer"] == quantizer]
         for name in (BASE, *OTHERS):
             by_bits = [_spread([c for c in found if c.setting["bits"] == bits], name) for bits in (2, 3, 4, 8)]
             if any(value != "-" for value in by_bits):
@@ -140,34 +159,32 @@ def stress_table(rows: Sequence[Row]) -> str:
     return markdown(["learning rate, initializer", *titles], lines)
 
 
-VARIANTS: dict[str, Callable[[dict], bool]] = {}
-
-
-def ablation_table(rows: Sequence[Row]) -> str:
+def ablation_table(rows: Sequence[Row], cifar10: bool) -> str:
     """Each variant of the optimum less the default, over all cells that hold both, for each width."""
-    base = where(rows, lambda s: s["part"] == "test" and s["initializer"] in (BASE, "mse_grid"))
-    relabelled = [_relabelled(row) for row in base]
-    found = cells([row for row in relabelled if row], "variant")
-    names = sorted({name for cell in found for name in cell.runs} - {"default"})
+    kept = where(rows, lambda s: s["part"] == "test" and (s["task"] == "cifar10") == cifar10)
+    found = cells([row for row in map(_relabelled, kept) if row], "variant")
     lines = []
-    for name in names:
+    for name in sorted({name for cell in found for name in cell.runs} - {"default"}):
         for bits in sorted({cell.setting["bits"] for cell in found if name in cell.runs}):
             chosen = [cell for cell in found if cell.setting["bits"] == bits]
-            lines.append(
-                [f"{name}, {bits} bits", *(shown(pooled(chosen, m, name, "default"), m.better) for m in _compared())]
-            )
+            differences = [shown(pooled(chosen, m, name, "default"), m.better) for m in _compared()]
+            lines.append([f"{name}, {bits} bits", *differences])
     return markdown(["variant less default", *(m.title for m in _compared())], lines)
 
 
 def _relabelled(row: Row) -> Row | None:
-    """The same with what differs from the default as one entry, ``variant``."""
+    """The same with what differs from the default as one entry, ``variant``; ``None`` for what is no variant."""
     setting, changed = row["setting"], varied(row["setting"])
+    if setting["initializer"] not in (BASE, "mse_grid", "unbiased", "lsq+ weights") or {"recipe", "lr_factor"} & set(changed):
+        return None
     if setting["initializer"] != BASE:
         changed["initializer"] = setting["initializer"]
-    if "recipe" in changed or "lr_factor" in changed:
+    if setting["quantizer"] == NARROW:
+        changed["narrow_range"] = True
+    elif setting["quantizer"] != "lsq":
         return None
     variant = ", ".join(f"`{name}={value}`" for name, value in changed.items()) or "default"
-    shared = {name: setting[name] for name in ("task", "quantizer", "bits", "seed")}
+    shared = {name: setting[name] for name in ("task", "bits", "seed")}
     return {"setting": {**shared, "variant": variant}, "record": row["record"]}
 
 
@@ -196,6 +213,10 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "exceptions": exceptions_table,
     "spread": spread_table,
     "stress": stress_table,
-    "ablations": ablation_table,
+    "cifar10": cifar10_table,
+    "norms": norms_table,
+    "narrow": narrow_table,
+    "ablations": lambda rows: ablation_table(rows, cifar10=False),
+    "cifar10-variants": lambda rows: ablation_table(rows, cifar10=True),
     "tune": tune_table,
 }
