@@ -64,3 +64,16 @@ def varied(setting: Mapping[str, Any]) -> dict[str, Any]:
 def where(rows: Iterable[Row], test: Callable[[Mapping[str, Any]], bool]) -> list[Row]:
     """The rows whose setting passes a test."""
     return [row for row in rows if test(row["setting"])]
+
+
+def stressed(rows: Iterable[Row]) -> dict[int, list[Cell]]:
+    """By factor on the learning rate: the cells of which there are runs at more than one."""
+    kept = where(rows, lambda s: s["part"] == "test" and set(varied(s)) <= {"lr_factor"})
+
+    def place(setting: Mapping[str, Any]) -> str:
+        return key({name: setting[name] for name in ("task", "quantizer", "bits")})
+
+    places = {place(row["setting"]) for row in kept if row["setting"]["lr_factor"] != 1}
+    found = cells(where(kept, lambda s: place(s) in places), "initializer")
+    factors = sorted({cell.setting["lr_factor"] for cell in found})
+    return {factor: [cell for cell in found if cell.setting["lr_factor"] == factor] for factor in factors}

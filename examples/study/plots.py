@@ -8,7 +8,7 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
-from compare import Row, cells, pooled, where
+from compare import Row, pooled, stressed
 from measures import MEASURES, TARGET
 from tables import BASE, OTHERS, QUANTIZERS, main_cells
 
@@ -28,29 +28,28 @@ MARKERS = {"lsq": "s", "lsq+": "D", "minmax": "v", "percentile": "^", "aciq": "o
 def curves(rows: Sequence[Row], path: Path) -> None:
     """The score while training with 2 bits, LSQ's quantizer, the mean over seeds: one panel for each task."""
     found = [c for c in main_cells(rows) if c.setting["quantizer"] == "lsq" and c.setting["bits"] == 2]
-    figure, axes = plt.subplots(1, len(found), figsize=(2.6 * len(found), 2.9), squeeze=False)
-    for axis, cell in zip(axes[0], found, strict=True):
-        lowest = []
+    figure, axes = plt.subplots(-(-len(found) // 3), 3, figsize=(9, 2.5 * -(-len(found) // 3) + 0.6), squeeze=False)
+    for axis in axes.flat[len(found) :]:
+        axis.axis("off")
+    for axis, cell in zip(axes.flat, found, strict=False):
+        settled = []
         for name, style in LINES.items():
             records = list(cell.runs.get(name, {}).values())
             if records:
                 steps = [step for step, _ in records[0]["scores"]]
                 means = [fmean(r["scores"][k][1] for r in records) for k in range(len(steps))]
                 axis.plot(steps, means, label=name, zorder=3 if name == BASE else 2, **style)
-                lowest.append(means[len(means) // 5])
+                settled.append(means[len(means) // 5])
         goal = TARGET * fmean(r["float"] for r in cell.runs[BASE].values())
-        axis.axhline(goal, color="black", lw=0.6)
-        axis.annotate(
-            "95 % of float", (1, goal), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7
-        )
-        axis.set_ylim(min(lowest) - 0.1 * (goal - min(lowest)), None)
+        axis.axhline(goal, color="black", lw=0.6, label="95 % of float")
+        axis.set_ylim(min(settled) - 0.1 * (goal - min(settled)), None)
         axis.set_title(cell.setting["task"], fontsize=9)
         axis.set_xlabel("training step", fontsize=8)
+        axis.set_ylabel("score on test data, %", fontsize=8)
         axis.tick_params(labelsize=7)
-    axes[0, 0].set_ylabel("score on test data, %", fontsize=8)
-    handles, names = max((a.get_legend_handles_labels() for a in axes[0]), key=lambda pair: len(pair[1]))
-    figure.legend(handles, names, loc="lower center", ncol=len(names), fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    handles, names = max((a.get_legend_handles_labels() for a in axes.flat), key=lambda pair: len(pair[1]))
+    figure.legend(handles, names, loc="lower center", ncol=5, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.1, 1, 1))
     _save(figure, path)
 
 
@@ -84,20 +83,18 @@ def differences(rows: Sequence[Row], path: Path) -> None:
 
 def stress(rows: Sequence[Row], path: Path) -> None:
     """The final score at 1, 3 and 10 times the learning rate, and the share of diverged runs."""
-    chosen = where(rows, lambda s: s["part"] == "test")
-    factors = sorted({row["setting"]["lr_factor"] for row in chosen})
-    stressed = {(s["task"], s["quantizer"], s["bits"]) for s in (r["setting"] for r in chosen) if s["lr_factor"] != 1}
-    chosen = where(chosen, lambda s: (s["task"], s["quantizer"], s["bits"]) in stressed)
+    found = stressed(rows)
+    factors = list(found)
     figure, axes = plt.subplots(1, 2, figsize=(7, 3))
     for name, style in LINES.items():
         for axis, measure in zip(axes, ("final", "diverged"), strict=True):
             values = []
             for factor in factors:
-                found = cells(where(chosen, lambda s, factor=factor: s["lr_factor"] == factor), "initializer")
-                records = [record for cell in found for record in cell.runs.get(name, {}).values()]
+                records = [record for cell in found[factor] for record in cell.runs.get(name, {}).values()]
                 values.append(fmean(MEASURES[measure].of(r) for r in records) if records else float("nan"))
-            axis.plot(factors, values, label=name, **style)
-            axis.set_ylabel(MEASURES[measure].title, fontsize=8)
+            if values == [value for value in values if value == value]:  # run at every factor
+                axis.plot(factors, values, label=name, **style)
+            axis.set_ylabel(f"{MEASURES[measure].title}, mean over runs", fontsize=8)
     for axis in axes:
         axis.set_xscale("log")
         axis.set_xticks(factors, [f"{factor}x" for factor in factors])

@@ -14,7 +14,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -125,10 +125,16 @@ def key(setting: Setting) -> str:
     return json.dumps(setting, sort_keys=True)
 
 
-def read(paths: list[Path]) -> list[dict[str, Any]]:
-    """The lines of JSON files that exist; a line that was cut off when a run was stopped is left out."""
-    lines = [line for path in paths if path.exists() for line in path.read_text().splitlines(keepends=True)]
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
+def read(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """The lines of JSON files."""
+    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+
+
+def mend(path: Path) -> None:
+    """Take out a last line that was cut off when a run was stopped."""
+    text = path.read_text() if path.exists() else ""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text[: text.rfind("\n") + 1])
 
 
 def main() -> None:
@@ -148,13 +154,12 @@ def main() -> None:
     if arguments.seeds is not None:
         wanted = [setting for setting in wanted if setting["seed"] < arguments.seeds]
     wanted.sort(key=lambda setting: setting["seed"])  # stable: a grid that is half done holds whole comparisons
-    known = read([*sorted(results.parent.glob("*.jsonl")), results])
-    done = {key(row["setting"]) for row in known}
+    mend(results)
+    done = {key(row["setting"]) for row in read(results.parent.glob("*.jsonl"))}
     missing = {key(setting): setting for setting in wanted if key(setting) not in done}
     print(f"{len(wanted)} runs, {len(missing)} to do.", flush=True)
 
     runner = Runner(arguments.data_root, arguments.cache)
-    results.parent.mkdir(parents=True, exist_ok=True)
     for number, setting in enumerate(missing.values(), 1):
         begin = time.perf_counter()
         record = runner.run(setting)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
 
-from compare import Cell, Row, cells, pooled, varied, where
+from compare import Cell, Row, cells, pooled, stressed, varied, where
 from measures import MEASURES, Interval, Measure, interval
 from tasks import TASKS
 
@@ -12,6 +12,7 @@ QUANTIZERS = ("lsq", "lsq+", "apot")
 OTHERS = ("lsq", "lsq+", "minmax", "percentile", "aciq", "sawb", "constant")
 COMPARED = ("initial", "target", "loss50", "loss500", "final")
 BASE = "optimal"
+RELATIVES = ("mse_grid", "unbiased", "lsq+ weights")
 NARROW = {"name": "lsq", "narrow_range": True}
 
 
@@ -142,11 +143,7 @@ def _spread(chosen: Sequence[Cell], name: str) -> str:
 def stress_table(rows: Sequence[Row]) -> str:
     """At 1, 3 and 10 times the learning rate: share of diverged runs, drift, and the final score's differences."""
     lines = []
-    chosen = where(rows, lambda s: s["part"] == "test" and set(varied(s)) <= {"lr_factor"})
-    stressed = {(s["task"], s["quantizer"], s["bits"]) for s in (r["setting"] for r in chosen) if s["lr_factor"] != 1}
-    chosen = where(chosen, lambda s: (s["task"], s["quantizer"], s["bits"]) in stressed)
-    for factor in sorted({row["setting"]["lr_factor"] for row in chosen}):
-        found = cells(where(chosen, lambda s, factor=factor: s["lr_factor"] == factor), "initializer")
+    for factor, found in stressed(rows).items():
         for name in (BASE, *OTHERS):
             records = [record for cell in found for record in cell.runs.get(name, {}).values()]
             if records:
@@ -175,7 +172,7 @@ def ablation_table(rows: Sequence[Row], cifar10: bool) -> str:
 def _relabelled(row: Row) -> Row | None:
     """The same with what differs from the default as one entry, ``variant``; ``None`` for what is no variant."""
     setting, changed = row["setting"], varied(row["setting"])
-    if setting["initializer"] not in (BASE, "mse_grid", "unbiased", "lsq+ weights") or {"recipe", "lr_factor"} & set(changed):
+    if {"recipe", "lr_factor"} & set(changed) or setting["initializer"] not in (BASE, *RELATIVES):
         return None
     if setting["initializer"] != BASE:
         changed["initializer"] = setting["initializer"]
