@@ -1,0 +1,219 @@
+"""The tables of the study, in Markdown. Differences are those of the optimum less the other, paired by seed."""
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import fmean, stdev
+
+from compare import Cell, Row, cells, pooled, stressed, varied, where
+from measures import MEASURES, Interval, Measure, interval
+from tasks import TASKS
+
+QUANTIZERS = ("lsq", "lsq+", "apot")
+OTHERS = ("lsq", "lsq+", "minmax", "percentile", "aciq", "sawb", "constant")
+COMPARED = ("initial", "target", "loss50", "loss500", "final")
+BASE = "optimal"
+RELATIVES = ("mse_grid", "unbiased", "lsq+ weights")
+NARROW = {"name": "lsq", "narrow_range": True}
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is to the left."""
+    marks = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, marks, *lines))
+
+
+def shown(found: Interval | None, better: int) -> str:
+    """A difference; bold where the optimum is better and its interval says so, in italics where it is worse."""
+    if found is None:
+        return "-"
+    text = f"{found.mean:+.3g}" if math.isinf(found.half) else f"{found.mean:+.3g} ± {found.half:.2g}"
+    return {1: f"**{text}**", -1: f"*{text}*", 0: text}[found.sign * better]
+
+
+def main_cells(rows: Sequence[Row]) -> list[Cell]:
+    """The main grid: everything by default but the axes."""
+    kept = where(rows, lambda s: s["part"] == "test" and s["quantizer"] in QUANTIZERS and not varied(s))
+    return cells(kept, "initializer")
+
+
+def tasks_table(rows: Sequence[Row]) -> str:
+    """The float networks and the recipes."""
+    lines = []
+    for name, task in TASKS.items():
+        floats = {
+            row["setting"]["seed"]: row["record"]["float"]
+            for row in rows
+            if row["setting"]["task"] == name and row["setting"]["part"] == "test"
+        }
+        if floats:
+            recipe = task.recipe
+            scores = f"{min(floats.values()):.1f} to {max(floats.values()):.1f}"
+            settings = [recipe.optimizer, f"{recipe.learning_rate:g}", str(recipe.steps), str(recipe.batch_size)]
+            lines.append([name, scores, *settings, str(recipe.every)])
+    return markdown(["task", "float score", "optimizer", "learning rate", "steps", "batch", "evaluated every"], lines)
+
+
+def pooled_table(rows: Sequence[Row], quantizer: str) -> str:
+    """Of one quantizer: for each width and other initializer, differences over the small tasks."""
+    found = [c for c in main_cells(rows) if c.setting["quantizer"] == quantizer and c.setting["task"] != "cifar10"]
+    return _against(found)
+
+
+def cifar10_table(rows: Sequence[Row]) -> str:
+    """CIFAR-10 by itself."""
+    return _against([cell for cell in main_cells(rows) if cell.setting["task"] == "cifar10"])
+
+
+def norms_table(rows: Sequence[Row]) -> str:
+    """With BatchNorm statistics re-estimated under quantization, whatever the initializer."""
+    return _against(cells(where(rows, lambda s: set(varied(s)) == {"recalibrate_batchnorm"}), "initializer"))
+
+
+def narrow_table(rows: Sequence[Row]) -> str:
+    """With as many levels on either side of zero."""
+    small = where(rows, lambda s: s["quantizer"] == NARROW and s["task"] != "cifar10")
+    return _against(cells(small, "initializer"))
+
+
+def _against(found: Sequence[Cell]) -> str:
+    """For each width and other initializer, the optimum's differences over the cells."""
+    lines = []
+    for bits in sorted({cell.setting["bits"] for cell in found}):
+        chosen = [cell for cell in found if cell.setting["bits"] == bits]
+        for other in OTHERS:
+            if any(other in cell.runs for cell in chosen):
+                differences = [shown(pooled(chosen, m, BASE, other), m.better) for m in _compared()]
+                lines.append([f"{bits} bits, {other}", *differences])
+    return markdown(["optimal less ...", *(m.title for m in _compared())], lines)
+
+
+def _compared() -> list[Measure]:
+    return [MEASURES[name] for name in COMPARED]
+
+
+def verdicts_table(rows: Sequence[Row]) -> str:
+    """In how many cells the optimum was better, tied or worse, by the interval of each cell and by its mean."""
+    lines = []
+    for other in OTHERS:
+        counts = [_count(rows, MEASURES[name], other) for name in COMPARED]
+        if counts[0] != "-":
+            lines.append([other, *counts])
+    return markdown(["against", *(m.title for m in _compared())], lines)
+
+
+def _count(rows: Sequence[Row], measure: Measure, other: str) -> str:
+    found = [list(cell.differences(measure, BASE, other).values()) for cell in main_cells(rows)]
+    signs = [interval(values).sign * measure.better for values in found if len(values) > 1]
+    return f"{signs.count(1)} / {signs.count(0)} / {signs.count(-1)}" if signs else "-"
+
+
+def exceptions_table(rows: Sequence[Row], name: str = "target") -> str:
+    """Every cell and other initializer where the optimum is worse by the mean, with its interval."""
+    measure, lines = MEASURES[name], []
+    for cell in main_cells(rows):
+        for other in OTHERS:
+            values = list(cell.differences(measure, BASE, other).values())
+            if len(values) > 1 and fmean(values) * measure.better < 0:
+                s = cell.setting
+                final = interval(list(cell.differences(MEASURES["final"], BASE, other).values()))
+                label = f"{s['task']}, {s['quantizer']}, {s['bits']} bits, {other}"
+                lines.append([label, shown(interval(values), measure.better), shown(final, 1)])
+    return markdown(["cell", measure.title, MEASURES["final"].title], lines) if lines else "None."
+
+
+def spread_table(rows: Sequence[Row]) -> str:
+    """The standard deviation of the final score over seeds, as root mean square over the cells that all have."""
+    lines = []
+    for quantizer in QUANTIZERS:
+        found = [cell for cell in main_cells(rows) if cell.setting["quantizer"] == quantizer]
+        for name in (BASE, *OTHERS):
+            by_bits = [_spread([c for c in found if c.setting["bits"] == bits], name) for bits in (2, 3, 4, 8)]
+            if any(value != "-" for value in by_bits):
+                lines.append([f"{quantizer}, {name}", *by_bits])
+    return markdown(["quantizer, initializer", "2 bits", "3 bits", "4 bits", "8 bits"], lines)
+
+
+def _spread(chosen: Sequence[Cell], name: str) -> str:
+    final = MEASURES["final"].of
+    scores = [[final(r) for r in cell.runs.get(name, {}).values()] for cell in chosen]
+    deviations = [stdev(values) for values in scores if len(values) > 1]
+    return f"{math.sqrt(fmean(d * d for d in deviations)):.2f}" if deviations else "-"
+
+
+def stress_table(rows: Sequence[Row]) -> str:
+    """At 1, 3 and 10 times the learning rate: share of diverged runs, drift, and the final score's differences."""
+    lines = []
+    for factor, found in stressed(rows).items():
+        for name in (BASE, *OTHERS):
+            records = [record for cell in found for record in cell.runs.get(name, {}).values()]
+            if records:
+                diverged = fmean(MEASURES["diverged"].of(r) for r in records)
+                drift = fmean(MEASURES["drift"].of(r) for r in records)
+                final = "" if name == BASE else shown(pooled(found, MEASURES["final"], BASE, name), 1)
+                label = f"{factor}x, {name}"
+                lines.append([label, str(len(records)), f"{diverged:.1f}", f"{drift:.3f}", final])
+    titles = ["runs", MEASURES["diverged"].title, MEASURES["drift"].title, "final score, optimal less it"]
+    return markdown(["learning rate, initializer", *titles], lines)
+
+
+def ablation_table(rows: Sequence[Row], cifar10: bool) -> str:
+    """Each variant of the optimum less the default, over all cells that hold both, for each width."""
+    kept = where(rows, lambda s: s["part"] == "test" and (s["task"] == "cifar10") == cifar10)
+    found = cells([row for row in map(_relabelled, kept) if row], "variant")
+    lines = []
+    for name in sorted({name for cell in found for name in cell.runs} - {"default"}):
+        for bits in sorted({cell.setting["bits"] for cell in found if name in cell.runs}):
+            chosen = [cell for cell in found if cell.setting["bits"] == bits]
+            differences = [shown(pooled(chosen, m, name, "default"), m.better) for m in _compared()]
+            lines.append([f"{name}, {bits} bits", *differences])
+    return markdown(["variant less default", *(m.title for m in _compared())], lines)
+
+
+def _relabelled(row: Row) -> Row | None:
+    """The same with what differs from the default as one entry, ``variant``; ``None`` for what is no variant."""
+    setting, changed = row["setting"], varied(row["setting"])
+    if {"recipe", "lr_factor"} & set(changed) or setting["initializer"] not in (BASE, *RELATIVES):
+        return None
+    if setting["initializer"] != BASE:
+        changed["initializer"] = setting["initializer"]
+    if setting["quantizer"] == NARROW:
+        changed["narrow_range"] = True
+    elif setting["quantizer"] != "lsq":
+        return None
+    variant = ", ".join(f"`{name}={value}`" for name, value in changed.items()) or "default"
+    shared = {name: setting[name] for name in ("task", "bits", "seed")}
+    return {"setting": {**shared, "variant": variant}, "record": row["record"]}
+
+
+def tune_table(rows: Sequence[Row]) -> str:
+    """The final score on held-out data from LSQ's start, by the factor on the learning rate."""
+    found = cells(where(rows, lambda s: s["part"] == "held_out"), "lr_factor")
+    factors = sorted({float(name) for cell in found for name in cell.runs})
+    lines = []
+    for cell in found:
+        by_factor = {float(name): runs for name, runs in cell.runs.items()}
+        scores = [
+            f"{fmean(MEASURES['final'].of(r) for r in by_factor[f].values()):.1f}" if f in by_factor else "-"
+            for f in factors
+        ]
+        s = cell.setting
+        lines.append([f"{s['task']}, {s['bits']} bits, {s['recipe']['learning_rate']:g}", *scores])
+    return markdown(["task, learning rate", *(f"x{f:g}" for f in factors)], lines)
+
+
+TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
+    "tasks": tasks_table,
+    "lsq": lambda rows: pooled_table(rows, "lsq"),
+    "lsq+": lambda rows: pooled_table(rows, "lsq+"),
+    "apot": lambda rows: pooled_table(rows, "apot"),
+    "verdicts": verdicts_table,
+    "exceptions": exceptions_table,
+    "spread": spread_table,
+    "stress": stress_table,
+    "cifar10": cifar10_table,
+    "norms": norms_table,
+    "narrow": narrow_table,
+    "ablations": lambda rows: ablation_table(rows, cifar10=False),
+    "cifar10-variants": lambda rows: ablation_table(rows, cifar10=True),
+    "tune": tune_table,
+}
