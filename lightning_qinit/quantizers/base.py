@@ -216,7 +216,7 @@ class Quantizer(nn.Module, ABC):
             self._show(x.detach(), y.detach())
         return y
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _show(self, x: Tensor, y: Tensor) -> None:
         if self.watch is not None:
             self.watch(self, x, y)
