@@ -75,16 +75,22 @@ def narrow_table(rows: Sequence[Row]) -> str:
     return _against(cells(small, "initializer"))
 
 
-def _against(found: Sequence[Cell]) -> str:
-    """For each width and other initializer, the optimum's differences over the cells."""
+def unbiased_table(rows: Sequence[Row]) -> str:
+    """Of weights that start at the least error of the output, less the other initializers."""
+    chosen = [cell for cell in main_cells(rows) if "unbiased" in cell.runs]
+    return _against(chosen, "unbiased", (BASE, *OTHERS))
+
+
+def _against(found: Sequence[Cell], first: str = BASE, others: Sequence[str] = OTHERS) -> str:
+    """For each width and other initializer, the differences over the cells."""
     lines = []
     for bits in sorted({cell.setting["bits"] for cell in found}):
         chosen = [cell for cell in found if cell.setting["bits"] == bits]
-        for other in OTHERS:
+        for other in others:
             if any(other in cell.runs for cell in chosen):
-                differences = [shown(pooled(chosen, m, BASE, other), m.better) for m in _compared()]
+                differences = [shown(pooled(chosen, m, first, other), m.better) for m in _compared()]
                 lines.append([f"{bits} bits, {other}", *differences])
-    return markdown(["optimal less ...", *(m.title for m in _compared())], lines)
+    return markdown([f"{first} less ...", *(m.title for m in _compared())], lines)
 
 
 def _compared() -> list[Measure]:
@@ -213,6 +219,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "cifar10": cifar10_table,
     "norms": norms_table,
     "narrow": narrow_table,
+    "unbiased": unbiased_table,
     "ablations": lambda rows: ablation_table(rows, cifar10=False),
     "cifar10-variants": lambda rows: ablation_table(rows, cifar10=True),
     "tune": tune_table,
