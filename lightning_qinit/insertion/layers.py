@@ -158,7 +158,7 @@ class _OneWeight(QuantizedLayer):
         dtype = None
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
-        if operation is not None and type(x) is Tensor and x.numel():
+        if operation is not None and not torch.compiler.is_compiling() and type(x) is Tensor and x.numel():
             inputs, weights = (
                 _operand(self.input_quantizer, x, dtype),
                 _operand(self.weight_quantizer, self.weight, dtype),

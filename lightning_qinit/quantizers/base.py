@@ -226,7 +226,8 @@ class Quantizer(nn.Module, ABC):
 
         Which is so for subclasses that override :meth:`quantize` or :meth:`forward`, and where there are hooks.
         """
-        if self._does_more or (torch.compiler.is_compiling() and self.watch is not None):
+        methods = [getattr(method, "__func__", None) for method in (self.quantize, self.forward)]
+        if methods != [Quantizer.quantize, Quantizer.forward] or self._is_hooked:
             return None
         if not self.active or not x.is_floating_point():
             return Operand(x)
@@ -236,12 +237,7 @@ class Quantizer(nn.Module, ABC):
         return Operand(values, how, self.watch and partial(self.watch, self, x.detach()))
 
     @property
-    def _does_more(self) -> bool:
-        kind = type(self)
-        if kind.quantize is not Quantizer.quantize or kind.forward is not Quantizer.forward:
-            return True
-        if "quantize" in vars(self) or "forward" in vars(self):
-            return True
+    def _is_hooked(self) -> bool:
         hooks = self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks
         return sum(map(len, hooks)) > 1  # one is that of every quantizer
 

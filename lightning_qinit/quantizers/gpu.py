@@ -1,76 +1,91 @@
 """The passes of a quantizer as Triton kernels.
 
-On a GPU, to call a function of ``torch.compile`` takes the host longer than the pass takes the device: guards are
-checked for every one of the hundred passes of a training step. A Triton kernel is launched at once.
+On a GPU, to call a function of ``torch.compile`` takes the host longer than the pass takes the device: its guards are
+checked at every one of the hundred passes of a training step. A Triton kernel is launched at once, on the values where
+they lie.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_qinit.quantizers.layout import Layout
+
+if TYPE_CHECKING:
+    from lightning_qinit.quantizers.rounding import Gradients, Rounding
+
 BLOCKS = 256, 4096  # values of one program: two sizes, so that few kernels are compiled
 BIAS = tl.constexpr(1.5 * 2**23)  # added and taken away, it rounds float32 to integers, halves to even
 PRECISE = {"enable_fp_fusion": False}  # the codes are those of the chain of operations, to the last bit
 
 
-def handles(*arguments: Any) -> bool:
-    """Whether these kernels compute such a pass: they do in float32."""
-    return not any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in arguments)
+def check(device: torch.device) -> None:
+    """Raise whatever keeps these kernels from running on a device."""
+    x = torch.ones(1, device=device)
+    _forward[(1,)](torch.empty_like(x), x, x, None, x, 1, 1, BLOCKS[0], 1, 0, **PRECISE)
 
 
-def forward_into(
-    out: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    offset: Tensor | None,
-    points: Tensor,
-    uniform: bool,
-    dtype: torch.dtype,
-) -> None:
-    """As :func:`~lightning_qinit.quantizers.kernels.forward_into`, on ``(channels, values)``."""
-    grid, sizes = _programs(x)
-    _forward[grid](out, x, scale, offset, points, *sizes, *_constants(points, uniform), **PRECISE)
+def rounded(x: Tensor, how: "Rounding") -> Tensor:
+    """As :func:`~lightning_qinit.quantizers.rounding.rounded`."""
+    layout = _layout(x, how)
+    values = x if layout is None else layout.flat(x).contiguous()
+    out = torch.empty_like(values, dtype=how.dtype)
+    _launch(_forward, how, values, out)
+    return out if layout is None else layout.restored(out)
 
 
-def backward_into(
-    out: Tensor,
-    grad: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    offset: Tensor | None,
-    points: Tensor,
-    uniform: bool,
-    learns_rounding: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """As :func:`~lightning_qinit.quantizers.kernels.backward_into`, on ``(channels, values)``."""
-    grid, sizes = _programs(x)
-    parts = torch.empty((1 if offset is None else 2, len(x), sizes[1]), dtype=torch.float32, device=x.device)
-    constants = *_constants(points, uniform), learns_rounding
-    _backward[grid](out, grad, x, scale, offset, points, parts, parts.stride(0), *sizes, *constants, **PRECISE)
-    sums = parts.sum(2, keepdim=True)
-    return sums[0], None if offset is None else sums[1]
+def gradients(grad: Tensor, x: Tensor, how: "Rounding", private: bool) -> "Gradients":
+    """As :func:`~lightning_qinit.quantizers.rounding.gradients`."""
+    layout = _layout(x, how)
+    if layout is not None:
+        values, grad, private = layout.flat(x).contiguous(), layout.flat(grad).contiguous(), False
+    elif grad.stride() != x.stride():
+        values, grad, private = x, torch.empty_like(x, dtype=grad.dtype).copy_(grad), True
+    else:
+        values = x
+    to_x = grad if private and grad.dtype == x.dtype else torch.empty_like(values)
+    sums = torch.empty((1 if how.offset is None else 2, *_blocks(how, x)), dtype=torch.float32, device=x.device)
+    _launch(_backward, how, values, to_x, grad, sums, sums.stride(0), how.gradient_scale, LEARNS=how.learns_rounding)
+    to_scale, *to_offset = (part.view(how.scale.shape) for part in sums.sum(2))
+    return to_x if layout is None else layout.restored(to_x), to_scale, to_offset[0] if to_offset else None
 
 
-def backward_over(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor | None]:
-    """As :func:`~lightning_qinit.quantizers.kernels.backward_over`, on ``(channels, values)``."""
-    return backward_into(grad, grad, *arguments)
+def changes(x: Tensor, how: "Rounding") -> tuple[Tensor, Tensor | None]:
+    """As :func:`~lightning_qinit.quantizers.rounding.changes`."""
+    layout = _layout(x, how)
+    values = x if layout is None else layout.flat(x).contiguous()
+    found = [torch.empty_like(values, dtype=how.dtype) for _ in range(1 if how.offset is None else 2)]
+    _launch(_tangents, how, values, found[0], found[-1], LEARNS=how.learns_rounding)
+    by_scale, *by_offset = found if layout is None else map(layout.restored, found)
+    return by_scale, by_offset[0] if by_offset else None
 
 
-def _programs(x: Tensor) -> tuple[tuple[int], tuple[int, int, int]]:
-    """The number of programs; and the values of a channel, its blocks, and their size."""
-    channels, values = x.shape
-    block = BLOCKS[values > BLOCKS[0]]
-    blocks = triton.cdiv(values, block)
-    return (channels * blocks,), (values, blocks, block)
+def _layout(x: Tensor, how: "Rounding") -> Layout | None:
+    """How to bring values to rows of channels; ``None`` where they lie so, without gaps."""
+    if how.scale.numel() == 1 or how.scale.shape[0] > 1:
+        kinds = torch.contiguous_format, *{4: [torch.channels_last], 5: [torch.channels_last_3d]}.get(x.dim(), [])
+        if any(x.is_contiguous(memory_format=kind) for kind in kinds):
+            return None
+    return Layout(x, how.scale)
 
 
-def _constants(points: Tensor, uniform: bool) -> tuple[int, int]:
-    """The number of levels, and the steps of a search among them; 0 where rounding finds the level."""
-    count = len(points)
-    return count, 0 if uniform else (count - 1).bit_length()
+def _blocks(how: "Rounding", x: Tensor) -> tuple[int, int]:
+    """Into how many parts values are cut: channels, and blocks of each."""
+    channels = how.scale.numel()
+    count = x.numel() // channels
+    return channels, triton.cdiv(count, BLOCKS[count > BLOCKS[0]])
+
+
+def _launch(kernel: Any, how: "Rounding", x: Tensor, *arguments: Any, **constants: Any) -> None:
+    """Run a kernel on every block of the values, which lie in rows of channels."""
+    channels, blocks = _blocks(how, x)
+    count, levels = x.numel() // channels, len(how.points)
+    depth = 0 if how.uniform else (levels - 1).bit_length()  # steps of a search among the levels
+    sizes = count, blocks, BLOCKS[count > BLOCKS[0]], levels, depth
+    kernel[(channels * blocks,)](*arguments, x, how.scale, how.offset, how.points, *sizes, **constants, **PRECISE)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -113,6 +128,19 @@ def _nearest(v, points, low, high, COUNT: tl.constexpr, DEPTH: tl.constexpr):  #
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _slope(v, points, COUNT: tl.constexpr, DEPTH: tl.constexpr, LEARNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Which normalized values lie between the outer levels, and the derivative by the scale, given straight through."""
+    low, high = tl.load(points), tl.load(points + COUNT - 1)
+    inside = (v > low) & (v < high)
+    level = _nearest(v, points, low, high, COUNT, DEPTH)
+    if LEARNS:
+        slope = level - tl.where(inside, v, 0.0)
+    else:
+        slope = tl.where(inside, 0.0, level)
+    return inside, slope
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _forward(  # type: ignore[no-untyped-def]
     out, x, scale, offset, points, values, blocks, BLOCK: tl.constexpr, COUNT: tl.constexpr, DEPTH: tl.constexpr
 ):
@@ -128,31 +156,48 @@ def _forward(  # type: ignore[no-untyped-def]
 def _backward(  # type: ignore[no-untyped-def]
     out,
     grad,
+    sums,
+    second,
+    factor,
     x,
     scale,
     offset,
     points,
-    parts,
-    second,
     values,
     blocks,
     BLOCK: tl.constexpr,
     COUNT: tl.constexpr,
     DEPTH: tl.constexpr,
-    LEARNS_ROUNDING: tl.constexpr,
+    LEARNS: tl.constexpr,
 ):
     channel, first, index, there = _place(values, blocks, BLOCK)
     v, _, _ = _normalized(tl.load(x + first + index, mask=there, other=0.0).to(tl.float32), scale, offset, channel)
-    g = tl.load(grad + first + index, mask=there, other=0.0)
-    wide = g.to(tl.float32)
-    low, high = tl.load(points), tl.load(points + COUNT - 1)
-    inside = (v > low) & (v < high)
-    slope = _nearest(v, points, low, high, COUNT, DEPTH)
-    if LEARNS_ROUNDING:
-        slope = slope - tl.where(inside, v, 0.0)
-    else:
-        slope = tl.where(inside, 0.0, slope)
-    tl.store(out + first + index, tl.where(inside, wide, 0.0).to(out.dtype.element_ty), mask=there)
-    tl.store(parts + tl.program_id(0), tl.sum(wide * slope, 0))
+    g = tl.load(grad + first + index, mask=there, other=0.0).to(tl.float32)
+    inside, slope = _slope(v, points, COUNT, DEPTH, LEARNS)
+    tl.store(out + first + index, tl.where(inside, g, 0.0).to(out.dtype.element_ty), mask=there)
+    tl.store(sums + tl.program_id(0), tl.sum(g * slope, 0) * factor)
     if offset is not None:
-        tl.store(parts + second + tl.program_id(0), tl.sum(tl.where(inside, 0.0, wide), 0))
+        tl.store(sums + second + tl.program_id(0), tl.sum(tl.where(inside, 0.0, g), 0) * factor)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _tangents(  # type: ignore[no-untyped-def]
+    by_scale,
+    by_offset,
+    x,
+    scale,
+    offset,
+    points,
+    values,
+    blocks,
+    BLOCK: tl.constexpr,
+    COUNT: tl.constexpr,
+    DEPTH: tl.constexpr,
+    LEARNS: tl.constexpr,
+):
+    channel, first, index, there = _place(values, blocks, BLOCK)
+    v, _, _ = _normalized(tl.load(x + first + index, mask=there, other=0.0).to(tl.float32), scale, offset, channel)
+    inside, slope = _slope(v, points, COUNT, DEPTH, LEARNS)
+    tl.store(by_scale + first + index, slope.to(by_scale.dtype.element_ty), mask=there)
+    if offset is not None:
+        tl.store(by_offset + first + index, tl.where(inside, 0.0, 1.0).to(by_offset.dtype.element_ty), mask=there)

@@ -6,11 +6,12 @@ in which they lie in memory, and shapes are dynamic, so that one kernel serves e
 kernels are written out, in :mod:`~lightning_qinit.quantizers.gpu`.
 """
 
+import functools
 import importlib
 import logging
 from collections.abc import Callable
-from types import FunctionType
-from typing import Any, Literal, cast, get_args
+from types import FunctionType, ModuleType
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but no
 log = logging.getLogger(__name__)
 
 Kernels = Literal["auto", "compiled", "eager"]
-LEAST = 2**15  # values from which a compiled kernel is faster than the chain on the CPU, its call included
+LEAST = 2**15  # values from which a compiled kernel is faster than the chain on a CPU, its call included
 UNROLLED = 32  # levels up to which comparing with every threshold is faster than searching among them
 
 
@@ -152,30 +153,22 @@ class Kernel:
         kind = tuple(_kind(a) if isinstance(a, Tensor) else a for a in arguments)
         if kind in self.compiled:
             return self.compiled[kind](*arguments)
+        twin = FunctionType(self.chain.__code__.replace(), self.chain.__globals__)
+        compiled = torch.compile(twin, dynamic=True)
         try:
-            compiled = self._compile(arguments)
             result = compiled(*arguments)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # no compiler, or one that fails; what else may be wrong shows in the chain
             if force:
                 raise RuntimeError(
-                    f"`kernels` = 'compiled', but compiling fails here; 'auto' and 'eager' do without. ({error})"
+                    f"`kernels` = 'compiled', but torch.compile fails here; 'auto' and 'eager' do without. ({error})"
                 ) from error
-            log.info("Quantizers do without compiled kernels, since compiling fails here: %s", error)
+            log.info("Quantizers do without torch.compile, which fails here: %s", error)
             compiled = self.chain
             result = compiled(*arguments)
         self.compiled[kind] = compiled
         return result
-
-    def _compile(self, arguments: tuple[Any, ...]) -> Callable[..., Any]:
-        if arguments[0].is_cuda:
-            gpu = importlib.import_module("lightning_qinit.quantizers.gpu")  # needs Triton, which not every torch has
-            written = getattr(gpu, self.chain.__name__, None)
-            if written is not None and gpu.handles(*arguments):
-                return cast(Callable[..., Any], written)
-        twin = FunctionType(self.chain.__code__.replace(), self.chain.__globals__)
-        return torch.compile(twin, dynamic=True)
 
 
 def _kind(x: Tensor) -> Any:
@@ -193,6 +186,34 @@ def are_compiled(x: Tensor, kernels: Kernels) -> bool:
     if type(x) not in (Tensor, nn.Parameter) or x.device.type == "meta" or x.numel() == 0:
         return False
     return kernels == "compiled" or x.is_cuda or (x.numel() >= LEAST and x.device.type == "cpu")
+
+
+def written_for(x: Tensor, kernels: Kernels) -> ModuleType | None:
+    """:mod:`~lightning_qinit.quantizers.gpu`, where its kernels run on these values; they compute in float32."""
+    if not x.is_cuda or x.dtype == torch.float64:
+        return None
+    found = _written(x.device)
+    if isinstance(found, ModuleType):
+        return found
+    if kernels == "compiled":
+        raise RuntimeError(
+            f"`kernels` = 'compiled', but Triton fails here; 'auto' and 'eager' do without. ({found})"
+        ) from found
+    return None
+
+
+@functools.cache
+def _written(device: torch.device) -> ModuleType | Exception:
+    """The kernels for a device, or why they cannot be had: no Triton, no compiler, a device too old."""
+    try:
+        gpu = importlib.import_module("lightning_qinit.quantizers.gpu")
+        gpu.check(device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        log.info("Quantizers do without Triton, which fails here: %s", error)
+        return error
+    return gpu
 
 
 FORWARD, BACKWARD, TANGENTS = Kernel(forward_into), Kernel(backward_into), Kernel(tangents)
