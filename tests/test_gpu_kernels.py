@@ -23,9 +23,9 @@ KINDS = {
     "codebook": partial(Codebook, 2, levels=(-2.0, -0.5, 0.0, 3.0)),
 }
 last = torch.channels_last
-X = torch.randn(3, 5, 7, 50) * 3
+X = torch.randn(3, 4, 5, 20) * 3
 X[0, 0, 0, :4] = torch.tensor([math.nan, math.inf, -math.inf, 0.2])
-VALUES = [X, X.to(memory_format=last), X.transpose(0, 2), X[:, :, ::2], X[:1, :1, :1, :1], X.half(), X[:, 0].half()]  # the interpreter truncates to bfloat16
+VALUES = [X, X.to(memory_format=last), X.transpose(0, 2), X[:, :, ::2].half(), X[:1, :1, :1, :1]]  # bfloat16: truncated
 for (name, make), x, axis in itertools.product(KINDS.items(), VALUES, (None, 0, 1)):
     if axis is not None and name not in ("offset", "few levels"):
         continue
