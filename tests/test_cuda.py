@@ -20,7 +20,9 @@ from lightning_qinit.quantizers import LSQ, Quantizer
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),  # torch's own, where it compiles
+    # torch's own, where it compiles
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:GPU available but not used", "ignore:Synchronization debug mode"),
     pytest.mark.filterwarnings("ignore:RNN module weights are not part"),  # quantized ones are not one block of memory
 ]
@@ -113,6 +115,7 @@ def fitted(make_trainer: Callable, data: DataLoader | None = None, **settings) -
         {"quantizer": "lsq+"},
         {"quantizer": "apot", "criterion": "hessian"},
         {"criterion": "fisher", "sequential": True},
+        {"criterion": "output"},
         {"recalibrate_batchnorm": True, "average_bits": 3},
         {"damp_oscillation": 0.1, "freeze_oscillating": 0.1, "log_quantizers": ["oscillation", "to_optimal"]},
     ],
