@@ -49,7 +49,7 @@ def gather(rows: Rows, mantissa_bits: int) -> Nodes:
     row = torch.arange(len(rows.x), device=rows.x.device)[:, None] * (2 * half)
     mass = torch.zeros(len(rows.x) * 2 * half, dtype=torch.float64, device=rows.x.device)
     gap = torch.zeros(len(rows.x), dtype=torch.float64, device=rows.x.device)
-    for x, w in rows.chunks():
+    for x, w, *_ in rows.chunks():
         size = x.abs()
         key = (size.contiguous().view(torch.int64) >> (52 - mantissa_bits)) - ((1023 - OCTAVES) << mantissa_bits)
         key = (key + 1).clamp_(0, half - 2)  # cell k reaches from ends[k] to ends[k + 1]
@@ -70,7 +70,7 @@ def _ends(mantissa_bits: int) -> Tensor:
 
 def coarse(nodes: Nodes, rows: Rows, levels: Tensor, bracket: Bracket) -> Bracket:
     """Narrow a bracket by the clipping and the dead-zone bound on a geometric grid of steps."""
-    (x, w), gap = nodes
+    (x, w, *_), gap = nodes
     reach = torch.zeros_like(gap)
     for edge, level in ((x.amax(1), levels[-1]), (x.amin(1), levels[0])):
         reach = torch.maximum(reach, edge / level if level != 0 else torch.zeros_like(gap))
@@ -97,7 +97,7 @@ def fine(nodes: Nodes, rows: Rows, levels: Tensor, bracket: Bracket) -> Bracket:
         pieces = sweep(part, levels, bracket)
         step, error = pieces.minima((part.w * part.x.square()).sum(1))
         best = step.gather(1, error.argmin(1, keepdim=True))[:, 0]
-        best = squared_error(Rows(rows.x[index], rows.w[index]), levels, best)
+        best = squared_error(rows.take(index), levels, best)
         possible = error <= _limit(best, Nodes(part, nodes.gap[index]))
         lower = torch.where(possible, pieces.lower, torch.inf).amin(1)
         upper = torch.where(possible, pieces.upper, 0.0).amax(1)
