@@ -22,6 +22,7 @@ from lightning_qinit.functional.sweep import Bracket, Rows, in_parts, nearest, s
 
 OCTAVES = 16  # cells span the largest value of a row down to 2^-16 of it; all smaller values share the first cell
 GRID = 2.0 ** -torch.linspace(-1, 5, 24, dtype=torch.float64)  # tried relative to the step that just clips nothing
+NEARBY = ((0.9, 1.15, 1.35, 1.6, 1.9), (0.96, 0.98, 1.02, 1.04))  # tried relative to the best step until then
 SLACK = 1e-12  # of the energy: far above the rounding of the sums, far below any error of 8 bits
 
 
@@ -97,13 +98,25 @@ def fine(nodes: Nodes, rows: Rows, levels: Tensor, bracket: Bracket) -> Bracket:
         pieces = sweep(part, levels, bracket)
         step, error = pieces.minima((part.w * part.x.square()).sum(1))
         best = step.gather(1, error.argmin(1, keepdim=True))[:, 0]
-        best = squared_error(rows.take(index), levels, best)
+        best = _reached(rows.take(index), levels, best)
         possible = error <= _limit(best, Nodes(part, nodes.gap[index]))
         lower = torch.where(possible, pieces.lower, torch.inf).amin(1)
         upper = torch.where(possible, pieces.upper, 0.0).amax(1)
         return lower, upper
 
     return Bracket(*in_parts(solve, nodes.rows, levels, bracket))
+
+
+def _reached(rows: Rows, levels: Tensor, step: Tensor) -> Tensor:
+    """An error reached near the step of least squared error, ``(rows,)``; a low one, if it is that of outputs."""
+    best = squared_error(rows, levels, step)
+    for ratios in NEARBY if rows.mean is not None else ():
+        start = step
+        for ratio in ratios:
+            error = squared_error(rows, levels, start * ratio)
+            step = torch.where(error < best, start * ratio, step)
+            best = torch.minimum(error, best)
+    return best
 
 
 def _limit(best: Tensor, nodes: Nodes) -> Tensor:

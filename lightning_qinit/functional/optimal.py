@@ -20,6 +20,7 @@ from lightning_qinit.functional.sweep import (
 )
 
 RESOLUTIONS = (4, 6, 9, 12)  # mantissa bits of the nodes, each bracket narrower than the one before
+BEYOND = 2.0**40  # errors of outputs may be least beyond all breakpoints, those of values only next to them
 ROW_ELEMENTS = 2**18  # rows are taken in groups of about this many values: memory is bounded, caches are used
 
 
@@ -120,6 +121,8 @@ def _solve(rows: Rows, levels: Tensor) -> tuple[Tensor, ...]:
     exponent = torch.frexp(torch.where(w > 0, x, 0.0).abs().amax(1)).exponent
     unit = rows._replace(x=torch.ldexp(x, -exponent[:, None]))  # exact, and keeps every square in range
     bracket = outer_bracket(unit.x, levels)
+    if unit.mean is not None:
+        bracket = Bracket(bracket.lower / BEYOND, bracket.upper * BEYOND)
     for mantissa_bits in RESOLUTIONS:
         if total_breakpoints(unit, levels, bracket).sum() < x.numel() // 2 + len(x) * nodes_per_row(mantissa_bits):
             break  # solving is cheaper than narrowing
@@ -135,8 +138,8 @@ def _solve(rows: Rows, levels: Tensor) -> tuple[Tensor, ...]:
 def _in_bracket(rows: Rows, levels: Tensor, bracket: Bracket) -> tuple[Tensor, Tensor]:
     """The best step of every row, and whether there is one."""
     if rows.mean is not None:
-        reachable = torch.where(rows.x > 0, levels[-1] > 0, levels[0] < 0) & (rows.x != 0) & (rows.w > 0)
-        return least_in(rows, levels, bracket)[0], reachable.any(1)
+        low, high = torch.where(rows.w > 0, rows.x, 0.0).aminmax(dim=1)
+        return least_in(rows, levels, bracket)[0], (low * levels[0] > 0) | (high * levels[-1] > 0)
     scale, score = best_in(rows, levels, bracket)
     return _polish(rows, levels, torch.where(score > 0, scale, 1.0)), score > 0
 

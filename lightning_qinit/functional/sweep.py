@@ -94,7 +94,7 @@ class Pieces(NamedTuple):
         if inside:
             middle = (lower + upper) / 2
             lower, upper = torch.minimum(lower * (1 + inside), middle), torch.maximum(upper * (1 - inside), middle)
-        step = torch.where(self.b > 0, self.a / self.b, upper).clamp(lower, upper)
+        step = torch.where(self.b > 0, self.a / self.b, lower).clamp(lower, upper)
         return step, (energy[:, None] - 2 * step * self.a + step.square() * self.b).clamp(min=0)
 
 
@@ -116,10 +116,10 @@ def nearest(x: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
 def squared_error(rows: Rows, levels: Tensor, scale: Tensor) -> Tensor:
     """``f(scale)`` of every row; ``scale`` and the result are ``(rows,)``."""
     scale = scale[:, None]
-    total = torch.zeros_like(scale[:, 0])
     if rows.mean is not None:
         error = rows.x - scale * nearest(rows.x, scale, levels)
-        return rows.sums(error).square_().sum(1) + (error.square_() * rows.w).sum(1)
+        return rows.sums(error).square().sum(1) + (error.square_() * rows.w).sum(1)
+    total = torch.zeros_like(scale[:, 0])
     for part in rows.chunks():
         total += ((part.x - scale * nearest(part.x, scale, levels)).square_() * part.w).sum(1)
     return total
