@@ -16,7 +16,7 @@ from lightning_qinit.functional.sample import Sample
 from lightning_qinit.initializers import optimal
 from lightning_qinit.insertion import quantized_layers
 
-HAIR = 2.0**-20  # steps nearer than this to a breakpoint do not count, relative
+HAIR = 2.0**-22  # steps nearer than this to a breakpoint do not count, relative
 
 
 def cost(x: Tensor, levels: Tensor, steps: Tensor, rho: float, outputs: Tensor) -> Tensor:
@@ -66,13 +66,15 @@ def test_no_step_is_better(x: list[float], outputs: list[int], rho: float, level
         )
 
 
-def test_between_breakpoints_that_are_equal_but_for_rounding_there_is_no_step() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_between_breakpoints_that_are_equal_but_for_rounding_there_is_no_step(dtype: torch.dtype) -> None:
     levels, together = uniform_levels(3, True), torch.zeros(16, dtype=torch.int64)
     for _ in range(40):
-        x = torch.randn(8, dtype=torch.float64)
-        x = torch.cat((x, 3 * x))  # x / 0.5 and 3 x / 1.5
+        x = torch.randn(8, dtype=dtype)
+        x = torch.cat((x, 3 * x)).double()  # x / 0.5 and 3 x / 1.5
         fit = optimal_output_scale(x, levels, 0.9)
-        assert float(fit.error) <= float(cost(x, levels, candidates(x, levels), 0.9, together).min()) * (1 + 1e-9)
+        reached = cost(x, levels, fit.scale[None].float().double(), 0.9, together)
+        assert float(reached) <= float(cost(x, levels, candidates(x, levels), 0.9, together).min()) * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("axis", [None, 0])
@@ -84,7 +86,7 @@ def test_without_correlation_it_is_the_plain_optimum(axis: int | None) -> None:
 @pytest.mark.parametrize("axis", [None, 0])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_bracketing_changes_nothing(bits: int, axis: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, levels, outputs = torch.randn(3, 6000), uniform_levels(bits, True), torch.arange(3)[:, None]
+    x, levels, outputs = torch.randn(3, 12_000 // bits), uniform_levels(bits, True), torch.arange(3)[:, None]
     bracketed = optimal_output_scale(x, levels, 0.4, axis, outputs)
     monkeypatch.setattr("lightning_qinit.functional.optimal.RESOLUTIONS", ())
     monkeypatch.setattr("lightning_qinit.functional.sweep.MAX_BREAKPOINTS", 2**12)  # swept in parts
@@ -232,7 +234,7 @@ def test_tied_weights_count_where_they_are_multiplied() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"sequential": True, "average_bits": 3.0}, {"quantizer": "lsq+"}, {"quantizer": "apot"}], ids=str
+    "settings", [{"quantizer": "lsq+", "sequential": True, "average_bits": 3.0}, {"quantizer": "apot"}], ids=str
 )
 def test_trains_in_a_trainer(settings: dict, make_trainer) -> None:
     steps = []

@@ -31,9 +31,9 @@ def optimal_output_scale(
     Between breakpoints ``f`` is a parabola, as in :func:`~lightning_qinit.functional.optimal_scale`, and the same sweep
     follows it with one more cumulative sum, inside a bracket that is proven to hold the optimum since ``f`` is never
     below its first term. But ``f`` jumps at breakpoints, so its greatest lower bound may be the limit at one of them,
-    which no step attains. Steps nearer to a breakpoint than ``2^-20`` of themselves do not count therefore (the middle
-    of two does, if they are nearer to each other): the answer is the least of ``f`` over all others, and it stays on
-    its side of the breakpoint when it is rounded to float32.
+    which no step attains. Steps nearer to a breakpoint than ``2^-22`` of themselves do not count therefore: the answer
+    is the least of ``f`` over all others, and it stays on its side of the breakpoint when it is rounded to float32. (Of
+    breakpoints nearer to each other than that the middle counts if rounding it to float32 leaves it as good.)
 
     Args:
         x: the weight; computed in float64.

@@ -25,7 +25,7 @@ from lightning_qinit.functional.levels import is_run, thresholds
 MAX_BREAKPOINTS = 2**19
 CHUNK = 2**18
 TIE = 1 - 1e-14  # scores closer than this are equal but for rounding, and the larger step is taken
-INSIDE = 2.0**-20  # how far from a jump a step is kept, relative: rounded to float32 it stays on the same side
+INSIDE = 2.0**-22  # how far from a jump a step is kept, relative: in float32 it stays on the same side
 
 
 class Rows(NamedTuple):
@@ -290,10 +290,12 @@ def _best(rows: Rows, levels: Tensor, bracket: Bracket) -> tuple[Tensor, Tensor]
 
 
 def least_in(rows: Rows, levels: Tensor, bracket: Bracket) -> tuple[Tensor, ...]:
-    """The step of least error inside a bracket and that error, for errors that jump at breakpoints.
+    """The step of least error inside a bracket, for errors that jump at breakpoints, and its error in float32.
 
-    The least error of a piece may be at its end, where the next begins and is not as low: so steps within ``INSIDE``
-    of an end do not count. The first of equals wins, which is the larger step.
+    The least error of a piece may be at its end, where the next begins and is not as low, so steps within ``INSIDE`` of
+    an end do not count. Of pieces too short for that the middle does, if no other step is as good once it is rounded to
+    float32, which may carry it into another piece: among millions of values that changes little, where many share a
+    breakpoint but for rounding (weights on a grid) it changes all. Of equals the larger step is taken.
     """
     return in_parts(lambda rows, bracket, _: _least(rows, levels, bracket), rows, levels, bracket)
 
@@ -307,7 +309,14 @@ def _least(rows: Rows, levels: Tensor, bracket: Bracket) -> tuple[Tensor, Tensor
             return low if bool(low[1] < high[1] * TIE) else high
     pieces = sweep(rows, levels, bracket)
     step, error = pieces.minima(rows.energy(), INSIDE)
-    # between breakpoints that are equal but for rounding there is no step
-    error = torch.where(pieces.upper - pieces.lower > (1 - TIE) * pieces.upper, error, torch.inf)
-    index = (error * TIE <= error.amin(1, keepdim=True)).int().argmax(1, keepdim=True)
-    return step.gather(1, index)[:, 0], error.gather(1, index)[:, 0]
+    length = pieces.upper - pieces.lower
+    best, least = bracket.upper, torch.full_like(bracket.upper, torch.inf)
+    for shortest in (2 * INSIDE, 1 - TIE):
+        possible = torch.where(length > shortest * pieces.upper, error, torch.inf)
+        index = (possible * TIE <= possible.amin(1, keepdim=True)).int().argmax(1, keepdim=True)
+        trial = step.gather(1, index)[:, 0]
+        mantissa, exponent = torch.frexp(trial)
+        reached = squared_error(rows, levels, torch.ldexp(mantissa.float().double(), exponent))
+        better = reached < least * TIE
+        best, least = torch.where(better, trial, best), torch.where(better, reached, least)
+    return best, least
