@@ -51,8 +51,11 @@ def optimal_output_scale(
 
     Example:
         >>> from lightning_qinit.functional import optimal_output_scale
-        >>> x, levels = torch.tensor([-1.0, 1.0, 2.0, 4.0]), torch.tensor([-1.0, 0.0, 1.0])
-        >>> fit = optimal_output_scale(x, levels, correlation=0.5)
+        >>> x, levels = torch.tensor([-2.0, -1.0, 1.0, 2.0]), torch.tensor([-2.0, -1.0, 0.0, 1.0])
+        >>> optimal_output_scale(x, levels, correlation=0.0).scale
+        tensor(1.1429, dtype=torch.float64)
+        >>> optimal_output_scale(x, levels, correlation=0.5).scale
+        tensor(1.5000, dtype=torch.float64)
     """
     levels = check_levels(levels).to(x.device)
     if not x.isfinite().all():
