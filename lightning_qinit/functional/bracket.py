@@ -11,6 +11,9 @@ a minimum of linear functions, hence concave. Three bounds follow, ``best`` bein
   this alone exceeds ``best + c`` excludes all smaller steps.
 * Dead zone. Points nearest to level 0 stay there as ``s`` grows and cost ``x^2``. A step where this alone exceeds
   ``best + c`` excludes all larger steps.
+
+Errors of outputs (``Rows.mean``) are never below the squared error, so that what excludes a step excludes it for them
+too, ``best`` being an error of outputs then.
 """
 
 from typing import NamedTuple
