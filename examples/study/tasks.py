@@ -66,7 +66,7 @@ TASKS = {
     "cifar10": Task(
         partial(data.cifar10, tested=1000), ResNet, Recipe("sgd", 0.01, 100, 128, 20), "cifar10_resnet20.pt"
     ),
-    "cifar10-long": Task(data.cifar10, ResNet, Recipe("sgd", 0.01, 10500, 128, 350, crops=True), "cifar10_resnet20.pt"),
+    "cifar10-long": Task(data.cifar10, ResNet, Recipe("sgd", 0.01, 5265, 128, 351, crops=True), "cifar10_resnet20.pt"),
 }
 
 
@@ -102,11 +102,12 @@ def loss_of(output: Tensor, y: Tensor) -> Tensor:
 def flip_and_crop(x: Tensor, pad: int = 4) -> Tensor:
     """Every image mirrored or not, and moved by up to ``pad`` pixels either way."""
     count, _, height, width = x.shape
-    x = torch.where(torch.rand(count, 1, 1, 1) < 0.5, x, x.flip(3))
+    mirrored = torch.rand(count, 1, 1, 1) < 0.5  # drawn on the CPU: the same on any device
     rows = torch.randint(2 * pad + 1, (count, 1)) + torch.arange(height)
     columns = torch.randint(2 * pad + 1, (count, 1)) + torch.arange(width)
     image = torch.arange(count)[:, None, None]
-    padded = functional.pad(x, (pad,) * 4)
+    mirrored, rows, columns, image = (index.to(x.device) for index in (mirrored, rows, columns, image))
+    padded = functional.pad(torch.where(mirrored, x, x.flip(3)), (pad,) * 4)
     return padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 

@@ -2,12 +2,15 @@
 
 As a chain of torch operations a pass reads and writes the values a dozen times, which is all that fake quantization
 costs. ``torch.compile`` fuses it to one pass. Values are brought to two axes first, ``(channels, values)`` in the order
-in which they lie in memory, and shapes are dynamic, so that one kernel serves every layer of a kind.
+in which they lie in memory, and shapes are dynamic, so that one kernel serves every layer of a kind. On a GPU the
+kernels are written out, in :mod:`~lightning_qinit.quantizers.gpu`.
 """
 
+import functools
+import importlib
 import logging
 from collections.abc import Callable
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,7 +20,7 @@ from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but no
 log = logging.getLogger(__name__)
 
 Kernels = Literal["auto", "compiled", "eager"]
-LEAST = 2**15  # values from which a compiled kernel is faster than the chain, its call included
+LEAST = 2**15  # values from which a compiled kernel is faster than the chain on a CPU, its call included
 UNROLLED = 32  # levels up to which comparing with every threshold is faster than searching among them
 
 
@@ -182,7 +185,35 @@ def are_compiled(x: Tensor, kernels: Kernels) -> bool:
         return False
     if type(x) not in (Tensor, nn.Parameter) or x.device.type == "meta" or x.numel() == 0:
         return False
-    return kernels == "compiled" or (x.numel() >= LEAST and x.device.type in ("cpu", "cuda"))
+    return kernels == "compiled" or x.is_cuda or (x.numel() >= LEAST and x.device.type == "cpu")
+
+
+def written_for(x: Tensor, kernels: Kernels) -> ModuleType | None:
+    """:mod:`~lightning_qinit.quantizers.gpu`, where its kernels run on these values; they compute in float32."""
+    if not x.is_cuda or x.dtype == torch.float64:
+        return None
+    found = _written(x.device)
+    if isinstance(found, ModuleType):
+        return found
+    if kernels == "compiled":
+        raise RuntimeError(
+            f"`kernels` = 'compiled', but Triton fails here; 'auto' and 'eager' do without. ({found})"
+        ) from found
+    return None
+
+
+@functools.cache
+def _written(device: torch.device) -> ModuleType | Exception:
+    """The kernels for a device, or why they cannot be had: no Triton, no compiler, a device too old."""
+    try:
+        gpu = importlib.import_module("lightning_qinit.quantizers.gpu")
+        gpu.check(device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        log.info("Quantizers do without Triton, which fails here: %s", error)
+        return error
+    return gpu
 
 
 FORWARD, BACKWARD, TANGENTS = Kernel(forward_into), Kernel(backward_into), Kernel(tangents)

@@ -1,7 +1,7 @@
 """Rounding to the nearest level and its derivatives, each pass by a compiled kernel or the chain of operations."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,9 +16,12 @@ from lightning_qinit.quantizers.kernels import (
     backward,
     forward,
     tangents,
+    written_for,
 )
 from lightning_qinit.quantizers.layout import Layout
 from lightning_qinit.quantizers.scratch import Scratch
+
+Gradients = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class Rounding(NamedTuple):
@@ -70,6 +73,8 @@ def rounded(x: Tensor, how: Rounding, scratch: Scratch | None = None) -> Tensor:
         return how.ready.detach()
     if not are_compiled(x, how.kernels):
         return forward(x, how.scale, how.offset, how.points, how.uniform, how.dtype)
+    if gpu := written_for(x, how.kernels):
+        return cast(Tensor, gpu.rounded(x, how))
     layout = Layout(x, how.scale)
     room = layout.empty if scratch is None else partial(scratch.empty, layout)
     out = room(how.dtype, x.device)
@@ -77,9 +82,7 @@ def rounded(x: Tensor, how: Rounding, scratch: Scratch | None = None) -> Tensor:
     return out
 
 
-def gradients(
-    grad: Tensor, x: Tensor, how: Rounding, private: bool = False
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def gradients(grad: Tensor, x: Tensor, how: Rounding, private: bool = False) -> Gradients:
     """The gradients to ``x``, step and offset.
 
     The gradient to ``x`` passes where ``v = (x - offset) / scale`` lies between the outer levels. The step receives,
@@ -95,6 +98,8 @@ def gradients(
     constants = how.uniform, how.learns_rounding
     if not are_compiled(x, how.kernels):
         to_x, *others = backward(grad, x, how.scale, how.offset, how.points, *constants)
+    elif gpu := written_for(x, how.kernels):
+        return cast(Gradients, gpu.gradients(grad, x, how, private))
     else:
         layout, force = Layout(x, how.scale), how.kernels == "compiled"
         if private and grad.dtype == x.dtype and grad.stride() == x.stride():
@@ -114,6 +119,8 @@ def changes(x: Tensor, how: Rounding) -> tuple[Tensor, Tensor | None]:
     constants = how.uniform, how.learns_rounding, how.dtype
     if not are_compiled(x, how.kernels):
         return tangents(x, how.scale, how.offset, how.points, *constants)
+    if gpu := written_for(x, how.kernels):
+        return cast(tuple[Tensor, Tensor | None], gpu.changes(x, how))
     layout = Layout(x, how.scale)
     by_scale, by_offset = TANGENTS(layout.flat(x), *how.columns, *constants, force=how.kernels == "compiled")
     return layout.restored(by_scale), None if by_offset is None else layout.restored(by_offset)
