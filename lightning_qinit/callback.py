@@ -78,7 +78,10 @@ class QuantInitCallback(Callback):
         calibration_batches: how many training batches calibration reads, over all ranks together.
         criterion: how ``"optimal"`` weighs errors: ``"mse"`` alike; ``"fisher"`` by the squared gradients of the
             training loss; ``"hessian"``, for weights, by the mean square of the inputs that they meet (layers that
-            are not linear in one weight, and inputs, weigh alike).
+            are not linear in one weight, and inputs, weigh alike); ``"output"``, for weights, by what the errors of
+            all that feed an output do to it together, given the mean and the mean square of the layer's inputs (see
+            :func:`~lightning_qinit.functional.optimal_output_scale`; embeddings, what meets the hidden states of
+            recurrent layers, and inputs weigh alike).
         sequential: choose layer by layer in running order, each for inputs that come from layers already quantized,
             instead of all at once on the float model. Takes a pass over the batches, kept in memory, per layer.
         average_bits: choose 2 to 8 bits for each weight so that their total error is least and their average, over
@@ -134,7 +137,7 @@ class QuantInitCallback(Callback):
         per_channel: bool = True,
         first_last_bits: int | None = 8,
         calibration_batches: int = 16,
-        criterion: Literal["mse", "fisher", "hessian"] = "mse",
+        criterion: Literal["mse", "fisher", "hessian", "output"] = "mse",
         sequential: bool = False,
         average_bits: float | None = None,
         recalibrate_batchnorm: bool = False,

@@ -195,14 +195,15 @@ class CalibrationConfig:
     Attributes:
         batches: how many training batches to read, over all ranks together.
         criterion: how the optimum weighs errors: ``"mse"`` alike; ``"fisher"`` by the squared gradients of the loss;
-            ``"hessian"``, for weights, by the mean square of the inputs that they meet.
+            ``"hessian"``, for weights, by the mean square of the inputs that they meet; ``"output"``, for weights, by
+            what they do together to the layer's outputs.
         sequential: whether to choose layer by layer, each for inputs from layers already quantized.
         average_bits: bits of weights on average, 2 to 8, allocated over the layers; ``None`` to leave them as set.
         recalibrate_batchnorm: whether to re-estimate BatchNorm statistics under quantization.
     """
 
     batches: int = 16
-    criterion: Literal["mse", "fisher", "hessian"] = "mse"
+    criterion: Literal["mse", "fisher", "hessian", "output"] = "mse"
     sequential: bool = False
     average_bits: float | None = None
     recalibrate_batchnorm: bool = False
@@ -210,8 +211,8 @@ class CalibrationConfig:
     def __post_init__(self) -> None:
         if isinstance(self.batches, bool) or not isinstance(self.batches, int) or self.batches < 1:
             raise ValueError(f"`calibration_batches` must be a whole number of at least 1, got {self.batches!r}.")
-        if self.criterion not in ("mse", "fisher", "hessian"):
-            raise ValueError(f"`criterion` must be 'mse', 'fisher' or 'hessian', got {self.criterion!r}.")
+        if self.criterion not in ("mse", "fisher", "hessian", "output"):
+            raise ValueError(f"`criterion` must be 'mse', 'fisher', 'hessian' or 'output', got {self.criterion!r}.")
         for argument in ("sequential", "recalibrate_batchnorm"):
             if not isinstance(getattr(self, argument), bool):
                 raise ValueError(f"`{argument}` must be True or False, got {getattr(self, argument)!r}.")

@@ -55,7 +55,7 @@ def calibrate(
     module: nn.Module,
     batches: Iterable[Any],
     step: Callable[[nn.Module, Any], Any] | None = None,
-    criterion: Literal["mse", "fisher", "hessian"] = "mse",
+    criterion: Literal["mse", "fisher", "hessian", "output"] = "mse",
     sequential: bool = False,
     average_bits: float | None = None,
     recalibrate_batchnorm: bool = False,

@@ -469,7 +469,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"criterion": "mae"}, "`criterion` must be 'mse', 'fisher' or 'hessian', got 'mae'"),
+            ({"criterion": "mae"}, "`criterion` must be 'mse', 'fisher', 'hessian' or 'output', got 'mae'"),
             ({"sequential": 1}, "`sequential` must be True or False, got 1"),
             ({"recalibrate_batchnorm": "yes"}, "`recalibrate_batchnorm` must be True or False"),
             ({"average_bits": "3"}, "`average_bits` must be a number from 2 to 8, or None, got '3'"),

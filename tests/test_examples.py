@@ -73,7 +73,7 @@ def test_every_setting_is_reachable_and_defaults_print_clean(tmp_path: Path) -> 
         "per_channel": "false",
         "first_last_bits": "null",
         "calibration_batches": "2",
-        "criterion": "fisher",
+        "criterion": "output",
         "sequential": "true",
         "average_bits": "3.5",
         "recalibrate_batchnorm": "true",

@@ -510,10 +510,10 @@ torch.save(model.state_dict(), f"{{sys.argv[2]}}.{{ranks}}.{{trainer.global_rank
 @pytest.mark.parametrize(
     "settings",
     [
-        {"weight_bits": 3},
+        {"weight_bits": 3, "criterion": "output"},
         {"criterion": "fisher", "sequential": True, "recalibrate_batchnorm": True, "average_bits": 3.0},
     ],
-    ids=["plain", "everything"],
+    ids=["output", "everything"],
 )
 def test_two_ranks_train_a_module_with_layers_that_never_run(tmp_path: Path, settings: dict) -> None:
     script = f"""

@@ -22,7 +22,7 @@ def sketch_of(*batches: torch.Tensor) -> Sketch:
 
 def solve(sample: Sample, levels: torch.Tensor) -> torch.Tensor:
     """The optimum on a sample, without the guards of the initializer."""
-    return solve_rows(sample.values, sample.weights, levels).scale
+    return solve_rows(sample.rows, levels).scale
 
 
 @pytest.mark.parametrize("kind", DISTRIBUTIONS)

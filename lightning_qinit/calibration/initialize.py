@@ -11,6 +11,7 @@ from lightning_qinit.calibration.allocate import allocate_bits
 from lightning_qinit.calibration.measure import Measures, measure
 from lightning_qinit.calibration.observe import Criterion, Observation
 from lightning_qinit.config import Role, shorten
+from lightning_qinit.functional.output import output_rows
 from lightning_qinit.functional.sample import Sample
 from lightning_qinit.functional.sharded import whole
 from lightning_qinit.initializers import initialize
@@ -19,6 +20,7 @@ from lightning_qinit.insertion import QuantizedLayer, named_quantizers
 from lightning_qinit.quantizers import Quantizer
 
 WIDTHS = range(2, 9)  # what `average_bits` chooses from
+MOST_ALIKE = 0.99  # inputs that are one constant would leave the errors of single weights without a cost
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def plan(
 
 @dataclass(frozen=True)
 class _Data:
-    """What the step of a quantizer is chosen for: its data, the data weighted by importance, and a size at hand."""
+    """What the step of a quantizer is chosen for: its data, as the criterion weighs them too, and a size at hand."""
 
     sample: Sample
     weighted: Sample
@@ -137,8 +139,10 @@ def _data(full_name: str, layers: Mapping[str, QuantizedLayer], observation: Obs
             return None
         sample, signed, reach = sketch.sample(), sketch.signed, 1.0
     weighted, note = sample, ""
-    if observation.criterion != "mse":
+    if observation.criterion in ("fisher", "hessian"):
         weighted, note = _weighted(full_name, layers, sample, observation)
+    elif observation.criterion == "output" and what in weights:
+        weighted, note = _of_outputs(full_name, layers, sample, quantizer.transform(weight), observation)
     return _Data(sample, weighted, signed, reach, note)
 
 
@@ -191,6 +195,38 @@ def _weighted(
         if float(weighted.energy) > 0:
             return weighted, ""
     return sample, f"no {observation.criterion} importance, so all values count alike"
+
+
+def _of_outputs(
+    name: str, layers: Mapping[str, QuantizedLayer], sample: Sample, weight: Tensor, observation: Observation
+) -> tuple[Sample, str]:
+    """The data of a weight, to be judged by the outputs that it feeds; as they are, and a note, where none are known.
+
+    Of tied weights the uses that are a product with an input count, together.
+    """
+    layer, _, what = name.rpartition(".")
+    quantizer = layers[layer].quantizers()[what]
+    users = [user for user in _users(quantizer, layers) if layers[user].inputs_met(what)]
+    if not users:
+        return sample, "no sum over inputs known, so all values count alike"
+    user = layers[users[0]]
+    weight = weight.to(sample.values)
+    moments = weight.new_zeros(len(user.inputs_met(what)), 3)
+    for name in users:
+        for part, met in enumerate(layers[name].inputs_met(what)):
+            moments[part] += observation.moments.get(f"{name}.{met}", moments.new_zeros(3)).to(moments)
+    shape = [1] * weight.dim()
+    shape[user.output_axis] = -1
+    correlation = _correlation(moments).repeat_interleave(weight.shape[user.output_axis] // len(moments)).view(shape)
+    rows = output_rows(weight, correlation, quantizer.channel_axis, user.outputs_fed(weight))
+    return Sample(rows.x, rows.w, sample.minimum, sample.maximum, rows.mean, rows.output), ""
+
+
+def _correlation(moments: Tensor) -> Tensor:
+    """``E[a]^2 / E[a^2]`` of counts, sums and sums of squares, ``(..., 3)``."""
+    count, total, squares = moments.unbind(-1)
+    product = count * squares
+    return torch.where(product > 0, total.square() / product, 0.0).clamp(max=MOST_ALIKE)
 
 
 def bits_at_ends(layers: Mapping[str, QuantizedLayer], observation: Observation) -> dict[str, int]:
@@ -259,7 +295,7 @@ def _costs(name: str, layers: Mapping[str, QuantizedLayer], observation: Observa
     quantizer, config = layers[layer].quantizers()[what], layers[layer].quant_config
     rule = config.initializer_of("weight")
     energy = float(data.sample.energy.sum())
-    has_importance = data.weighted is not data.sample
+    has_importance = data.weighted is not data.sample and observation.criterion != "output"
     plain = []
     for width in WIDTHS:
         levels = quantizer.level_set(width, signed=True)

@@ -1,18 +1,21 @@
 """Watching what flows into the quantizers while a module runs."""
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from lightning_qinit.calibration.sketch import Sketch
 from lightning_qinit.functional.sample import float64_device
 from lightning_qinit.insertion import QuantizedLayer
 
-Criterion = Literal["mse", "fisher", "hessian"]
+Criterion = Literal["mse", "fisher", "hessian", "output"]
+_CHUNK = 2**18  # values summed at a time: few enough to stay in the cache
 
 
 class Observation:
@@ -22,9 +25,11 @@ class Observation:
         inputs: one sketch per input quantizer that saw data, by its logged name.
         first_run: layers in the order in which they first ran.
         last_run: the layer that ran last in the first batch; ``None`` if none did.
-        criterion: what the importances below are; with ``"mse"`` there are none.
+        criterion: what was seen beyond that: ``"fisher"`` and ``"hessian"`` importances, ``"output"`` moments.
         weight_importance: a tensor like the weight per weight quantizer.
         input_importance: a weighted sketch per input quantizer.
+        moments: of every input of a layer, by the same names as ``inputs``, quantized or not: ``(3,)`` float64, how
+            many finite values it had, their sum and their sum of squares.
     """
 
     def __init__(self, criterion: Criterion = "mse") -> None:
@@ -34,6 +39,7 @@ class Observation:
         self.criterion = criterion
         self.weight_importance: dict[str, Tensor] = {}
         self.input_importance: dict[str, Sketch] = {}
+        self.moments: dict[str, Tensor] = {}
         self._first_batch = True
         self._open = True
         self._seen: list[tuple[str, Tensor]] = []  # inputs of this batch that wait for their gradient
@@ -67,6 +73,15 @@ class Observation:
         """Add to the importance of a weight."""
         self.weight_importance[name] = self.weight_importance.get(name, torch.zeros_like(importance)) + importance
 
+    def add_moments(self, name: str, x: Tensor) -> None:
+        """Add the values of an input."""
+        total = self.moments.setdefault(name, torch.zeros(3, dtype=torch.float64, device=float64_device(x)))
+        for part in x.detach().to(total.device).flatten().split(_CHUNK):
+            values = part.double()
+            finite = values.isfinite()
+            values = torch.where(finite, values, 0.0)
+            total += torch.stack((finite.sum(), values.sum(), values.square().sum()))
+
     def _ran(self, name: str) -> None:
         if self._first_batch:
             self.last_run = name
@@ -89,8 +104,9 @@ class Observation:
 def observe(layers: Mapping[str, QuantizedLayer], criterion: Criterion = "mse") -> Iterator[Observation]:
     """Watch the layers while the context is open: the order in which they run, and their inputs.
 
-    With ``"hessian"`` also the mean square of the inputs that each weight meets. With ``"fisher"`` gradients must be
-    on, and :meth:`Observation.differentiate` be called with the loss of each batch.
+    With ``"hessian"`` also the mean square of the inputs that each weight meets, with ``"output"`` the moments of the
+    inputs. With ``"fisher"`` gradients must be on, and :meth:`Observation.differentiate` be called with the loss of
+    each batch.
 
     Runs eagerly, also where the module is compiled, since compiled code need not call hooks.
     """
@@ -114,6 +130,11 @@ def _runs(observation: Observation, name: str) -> Any:
         observation._ran(name)
         if observation.criterion == "hessian" and layer.linear and "weight" in layer.weights():
             observation.add_weight_importance(f"{name}.weight", _squares_met(layer, args, kwargs))
+        if observation.criterion == "output" and layer.inputs and layer.weights():
+            given = inspect.signature(layer.forward).bind(*args, **kwargs).arguments
+            for what in layer.inputs:
+                x = given[what].data if isinstance(given[what], PackedSequence) else given[what]
+                observation.add_moments(f"{name}.{what}", x)
 
     return hook
 

@@ -121,7 +121,13 @@ def _over_ranks(trainer: Trainer, layers: Mapping[str, QuantizedLayer], observat
                 sketch = sketches.setdefault(f"{name}.{what}", Sketch(device, weighted))
                 sketch.table = strategy.reduce(sketch.table, reduce_op="sum")
                 sketch.extremes = strategy.reduce(sketch.extremes, reduce_op="max")
-        if observation.criterion != "mse":
+        if observation.criterion == "output":
+            device = float64_device(next(layer.parameters()))
+            for what in layer.inputs:
+                zeros = torch.zeros(3, dtype=torch.float64, device=device)
+                moments = observation.moments.get(f"{name}.{what}", zeros)
+                observation.moments[f"{name}.{what}"] = strategy.reduce(moments, reduce_op="sum")
+        if observation.criterion in ("fisher", "hessian"):
             for what, weight in layer.weights().items():
                 zeros = torch.zeros(weight.shape, dtype=torch.float64, device=float64_device(weight))
                 importance = observation.weight_importance.get(f"{name}.{what}", zeros)

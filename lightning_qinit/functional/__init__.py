@@ -8,3 +8,4 @@ from lightning_qinit.functional.levels import uniform_levels as uniform_levels
 from lightning_qinit.functional.levels import uniform_range as uniform_range
 from lightning_qinit.functional.optimal import OptimalScale as OptimalScale
 from lightning_qinit.functional.optimal import optimal_scale as optimal_scale
+from lightning_qinit.functional.output import optimal_output_scale as optimal_output_scale

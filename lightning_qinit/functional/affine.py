@@ -94,7 +94,7 @@ def _over_zero_points(sample: Sample, levels: Tensor) -> tuple[Tensor, Tensor]:
     while True:
         for zero_point in set(candidates) - tried:
             level = levels[zero_point]
-            fit = solve_rows(sample.values, sample.weights, levels - level)
+            fit = solve_rows(sample.rows, levels - level)
             better = fit.error < error
             scale, best = torch.where(better, fit.scale, scale), torch.where(better, level, best)
             error = torch.where(better, fit.error, error)
@@ -112,7 +112,7 @@ def _turns(sample: Sample, levels: Tensor, scale: Tensor, offset: Tensor) -> Opt
         before = error
         scale, offset = refine(sample, levels, scale, offset)
         moved = sample.shifted(offset)
-        fit = solve_rows(moved.values, moved.weights, levels)
+        fit = solve_rows(moved.rows, levels)
         error = moved.error(levels, scale)
         scale = torch.where(fit.error < error, fit.scale, scale)
         error = torch.minimum(error, fit.error)

@@ -11,6 +11,9 @@ a minimum of linear functions, hence concave. Three bounds follow, ``best`` bein
   this alone exceeds ``best + c`` excludes all smaller steps.
 * Dead zone. Points nearest to level 0 stay there as ``s`` grows and cost ``x^2``. A step where this alone exceeds
   ``best + c`` excludes all larger steps.
+
+Errors of outputs (``Rows.mean``) are never below the squared error, so that what excludes a step excludes it for them
+too, ``best`` being an error of outputs then.
 """
 
 from typing import NamedTuple
@@ -22,6 +25,7 @@ from lightning_qinit.functional.sweep import Bracket, Rows, in_parts, nearest, s
 
 OCTAVES = 16  # cells span the largest value of a row down to 2^-16 of it; all smaller values share the first cell
 GRID = 2.0 ** -torch.linspace(-1, 5, 24, dtype=torch.float64)  # tried relative to the step that just clips nothing
+NEARBY = ((0.9, 1.15, 1.35, 1.6, 1.9), (0.96, 0.98, 1.02, 1.04))  # tried relative to the best step until then
 SLACK = 1e-12  # of the energy: far above the rounding of the sums, far below any error of 8 bits
 
 
@@ -49,7 +53,7 @@ def gather(rows: Rows, mantissa_bits: int) -> Nodes:
     row = torch.arange(len(rows.x), device=rows.x.device)[:, None] * (2 * half)
     mass = torch.zeros(len(rows.x) * 2 * half, dtype=torch.float64, device=rows.x.device)
     gap = torch.zeros(len(rows.x), dtype=torch.float64, device=rows.x.device)
-    for x, w in rows.chunks():
+    for x, w, *_ in rows.chunks():
         size = x.abs()
         key = (size.contiguous().view(torch.int64) >> (52 - mantissa_bits)) - ((1023 - OCTAVES) << mantissa_bits)
         key = (key + 1).clamp_(0, half - 2)  # cell k reaches from ends[k] to ends[k + 1]
@@ -70,7 +74,7 @@ def _ends(mantissa_bits: int) -> Tensor:
 
 def coarse(nodes: Nodes, rows: Rows, levels: Tensor, bracket: Bracket) -> Bracket:
     """Narrow a bracket by the clipping and the dead-zone bound on a geometric grid of steps."""
-    (x, w), gap = nodes
+    (x, w, *_), gap = nodes
     reach = torch.zeros_like(gap)
     for edge, level in ((x.amax(1), levels[-1]), (x.amin(1), levels[0])):
         reach = torch.maximum(reach, edge / level if level != 0 else torch.zeros_like(gap))
@@ -97,13 +101,25 @@ def fine(nodes: Nodes, rows: Rows, levels: Tensor, bracket: Bracket) -> Bracket:
         pieces = sweep(part, levels, bracket)
         step, error = pieces.minima((part.w * part.x.square()).sum(1))
         best = step.gather(1, error.argmin(1, keepdim=True))[:, 0]
-        best = squared_error(Rows(rows.x[index], rows.w[index]), levels, best)
+        best = _reached(rows.take(index), levels, best)
         possible = error <= _limit(best, Nodes(part, nodes.gap[index]))
         lower = torch.where(possible, pieces.lower, torch.inf).amin(1)
         upper = torch.where(possible, pieces.upper, 0.0).amax(1)
         return lower, upper
 
     return Bracket(*in_parts(solve, nodes.rows, levels, bracket))
+
+
+def _reached(rows: Rows, levels: Tensor, step: Tensor) -> Tensor:
+    """An error reached near the step of least squared error, ``(rows,)``; a low one, if it is that of outputs."""
+    best = squared_error(rows, levels, step)
+    for ratios in NEARBY if rows.mean is not None else ():
+        start = step
+        for ratio in ratios:
+            error = squared_error(rows, levels, start * ratio)
+            step = torch.where(error < best, start * ratio, step)
+            best = torch.minimum(error, best)
+    return best
 
 
 def _limit(best: Tensor, nodes: Nodes) -> Tensor:

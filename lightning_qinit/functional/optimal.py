@@ -8,9 +8,19 @@ from torch import Tensor
 from lightning_qinit.functional.bracket import coarse, fine, gather, nodes_per_row
 from lightning_qinit.functional.determinism import any_order
 from lightning_qinit.functional.levels import check_levels
-from lightning_qinit.functional.sweep import Rows, best_in, nearest, outer_bracket, squared_error, total_breakpoints
+from lightning_qinit.functional.sweep import (
+    Bracket,
+    Rows,
+    best_in,
+    least_in,
+    nearest,
+    outer_bracket,
+    squared_error,
+    total_breakpoints,
+)
 
 RESOLUTIONS = (4, 6, 9, 12)  # mantissa bits of the nodes, each bracket narrower than the one before
+BEYOND = 2.0**40  # errors of outputs may be least beyond all breakpoints, those of values only next to them
 ROW_ELEMENTS = 2**18  # rows are taken in groups of about this many values: memory is bounded, caches are used
 
 
@@ -81,15 +91,15 @@ def optimal_scale(
         w = to_rows(weights.to(x.device).expand_as(x), channel_axis)
         if not (w >= 0).all() or not w.isfinite().all():
             raise ValueError("`weights` must be finite and nonnegative.")
-    fit = solve_rows(rows, w, levels)
+    fit = solve_rows(Rows(rows, w), levels)
     return fit if channel_axis is not None else OptimalScale(*(v if v is levels else v[0] for v in fit))
 
 
 @any_order()
-def solve_rows(x: Tensor, w: Tensor, levels: Tensor) -> OptimalScale:
-    """:func:`optimal_scale` on checked float64 rows: ``x`` and ``w`` are ``(rows, n)``, the result ``(rows,)``."""
-    group = max(1, ROW_ELEMENTS // max(1, x.shape[1]))
-    parts = [_solve(Rows(*part), levels) for part in zip(x.split(group), w.split(group), strict=True)]
+def solve_rows(rows: Rows, levels: Tensor) -> OptimalScale:
+    """:func:`optimal_scale` on checked float64 rows; the result is ``(rows,)``."""
+    group = max(1, ROW_ELEMENTS // max(1, rows.x.shape[1]))
+    parts = [_solve(rows.take(slice(first, first + group)), levels) for first in range(0, len(rows.x), group)]
     scale, error, lower, upper = (torch.cat(part) for part in zip(*parts, strict=True))
     return OptimalScale(scale, error, levels, lower, upper)
 
@@ -104,13 +114,15 @@ def to_rows(x: Tensor, channel_axis: int | None) -> Tensor:
 
 def _solve(rows: Rows, levels: Tensor) -> tuple[Tensor, ...]:
     """Solve rows of values; returns scale, error, and the bracket, each ``(rows,)``."""
-    x, w = rows
+    x, w = rows.x, rows.w
     if x.numel() == 0:
         one = x.new_ones(len(x))
         return one, 0 * one, 0 * one, one / 0
     exponent = torch.frexp(torch.where(w > 0, x, 0.0).abs().amax(1)).exponent
-    unit = Rows(torch.ldexp(x, -exponent[:, None]), w)  # exact, and keeps every square in range
+    unit = rows._replace(x=torch.ldexp(x, -exponent[:, None]))  # exact, and keeps every square in range
     bracket = outer_bracket(unit.x, levels)
+    if unit.mean is not None:
+        bracket = Bracket(bracket.lower / BEYOND, bracket.upper * BEYOND)
     for mantissa_bits in RESOLUTIONS:
         if total_breakpoints(unit, levels, bracket).sum() < x.numel() // 2 + len(x) * nodes_per_row(mantissa_bits):
             break  # solving is cheaper than narrowing
@@ -118,17 +130,25 @@ def _solve(rows: Rows, levels: Tensor) -> tuple[Tensor, ...]:
         if mantissa_bits == RESOLUTIONS[0]:
             bracket = coarse(nodes, unit, levels, bracket)
         bracket = fine(nodes, unit, levels, bracket)
-    scale, score = best_in(unit, levels, bracket)
-    scale = _polish(unit, levels, torch.where(score > 0, scale, 1.0))
-    scale = torch.ldexp(scale, torch.where(score > 0, exponent, 0))
+    scale, found = _in_bracket(unit, levels, bracket)
+    scale = torch.ldexp(torch.where(found, scale, 1.0), torch.where(found, exponent, 0))
     return scale, squared_error(rows, levels, scale), *(torch.ldexp(end, exponent) for end in bracket)
+
+
+def _in_bracket(rows: Rows, levels: Tensor, bracket: Bracket) -> tuple[Tensor, Tensor]:
+    """The best step of every row, and whether there is one."""
+    if rows.mean is not None:
+        low, high = torch.where(rows.w > 0, rows.x, 0.0).aminmax(dim=1)
+        return least_in(rows, levels, bracket)[0], (low * levels[0] > 0) | (high * levels[-1] > 0)
+    scale, score = best_in(rows, levels, bracket)
+    return _polish(rows, levels, torch.where(score > 0, scale, 1.0)), score > 0
 
 
 def _polish(rows: Rows, levels: Tensor, scale: Tensor) -> Tensor:
     """Recompute ``A/B`` at the nearest assignment: the same optimum without the rounding of long sums."""
     for _ in range(2):
         a, b = torch.zeros_like(scale), torch.zeros_like(scale)
-        for x, w in rows.chunks():
+        for x, w, *_ in rows.chunks():
             level = nearest(x, scale[:, None], levels)
             a += (w * x * level).sum(1)
             b += (w * level.square()).sum(1)

@@ -24,12 +24,16 @@ class Sample:
         weights: ``(groups, n)``, how often (or how strongly) each value counts; 0 for padding.
         minimum: ``(groups,)``, least value of the data.
         maximum: ``(groups,)``, greatest value of the data.
+        mean_inputs: as ``mean`` of :class:`~lightning_qinit.functional.sweep.Rows`, if errors are those of outputs.
+        output: as there.
     """
 
     values: Tensor
     weights: Tensor
     minimum: Tensor = field(repr=False)
     maximum: Tensor = field(repr=False)
+    mean_inputs: Tensor | None = field(default=None, repr=False)
+    output: Tensor | None = field(default=None, repr=False)
 
     @classmethod
     def of_tensor(cls, x: Tensor, channel_axis: int | None = None) -> "Sample":
@@ -49,6 +53,11 @@ class Sample:
         minimum = torch.where(counts, values, torch.inf).amin(1)
         maximum = torch.where(counts, values, -torch.inf).amax(1)
         return cls(values, weights, minimum, maximum)
+
+    @property
+    def rows(self) -> Rows:
+        """What the solver takes."""
+        return Rows(self.values, self.weights, self.mean_inputs, self.output)
 
     @property
     def count(self) -> Tensor:
@@ -86,8 +95,8 @@ class Sample:
         return Sample(values, self.weights, self.minimum - offset, self.maximum - offset)
 
     def error(self, levels: Tensor, scale: Tensor) -> Tensor:
-        """Sum of squared quantization errors of each group at ``scale``, ``(groups,)``."""
-        return squared_error(Rows(self.values, self.weights), levels.to(self.values.device), scale.to(self.values))
+        """Sum of squared quantization errors of each group at ``scale``, ``(groups,)``; of outputs, if it is those."""
+        return squared_error(self.rows, levels.to(self.values.device), scale.to(self.values))
 
     def share_clipped(self, levels: Tensor, scale: Tensor) -> float:
         """The share of the data, over all groups, that lies beyond the outermost levels by over half a step."""

@@ -5,6 +5,12 @@ moves on to the next level exactly at the breakpoint ``s = x / t``, ``t`` the th
 Between breakpoints the assignment of points to levels is fixed and the squared error is
 
     f(s) = S - 2 s A + s^2 B,    S = sum w x^2,  A = sum w x c,  B = sum w c^2.
+
+If the values are weights of a layer, the error of its outputs can be followed in the same way: ``w`` the variance and
+``m`` the mean of the input that each meets, every output ``o`` adds the square of its sum, ``(X_o - s C_o)^2`` with
+``X_o = sum m x`` and ``C_o = sum m c`` over the values that feed it. So ``S`` grows by ``sum X_o^2``, ``A`` by
+``sum X_o C_o`` and ``B`` by ``sum C_o^2``, and each piece is still a parabola. But ``f`` jumps at breakpoints now:
+both levels of a tie have the same squared error, and errors of opposite sign.
 """
 
 from collections.abc import Callable
@@ -19,18 +25,47 @@ from lightning_qinit.functional.levels import is_run, thresholds
 MAX_BREAKPOINTS = 2**19
 CHUNK = 2**18
 TIE = 1 - 1e-14  # scores closer than this are equal but for rounding, and the larger step is taken
+INSIDE = 2.0**-22  # how far from a jump a step is kept, relative: in float32 it stays on the same side
 
 
 class Rows(NamedTuple):
-    """Values and their weights, ``(rows, n)`` in float64; each row has a step of its own."""
+    """Values and what they count, ``(rows, n)`` in float64; each row has a step of its own.
+
+    Attributes:
+        x: the values.
+        w: their weights; the variance of the inputs that they meet, if errors are those of outputs.
+        mean: the mean of these inputs; ``None`` if errors are those of the values.
+        output: int64, which output of its row each value feeds; ``None`` if there is one.
+    """
 
     x: Tensor
     w: Tensor
+    mean: Tensor | None = None
+    output: Tensor | None = None
+
+    def take(self, index: slice | Tensor) -> "Rows":
+        """Some of the rows."""
+        return Rows(*(None if part is None else part[index] for part in self))  # type: ignore[arg-type]
 
     def chunks(self) -> "list[Rows]":
         """Parts along the values, small enough to stay in the cache while something is summed over them."""
         size = max(1, CHUNK // len(self.x))
-        return [Rows(*part) for part in zip(self.x.split(size, dim=1), self.w.split(size, dim=1), strict=True)]
+        ends = range(0, self.x.shape[1], size)
+        return [Rows(*(p if p is None else p[:, e : e + size] for p in self)) for e in ends]  # type: ignore[arg-type]
+
+    def sums(self, values: Tensor) -> Tensor:
+        """``values`` times the mean inputs, summed for every output: ``(rows, outputs)``."""
+        assert self.mean is not None
+        values = self.mean * values
+        if self.output is None:
+            return values.sum(1, keepdim=True)
+        total = values.new_zeros(len(values), int(self.output.max()) + 1)
+        return total.scatter_add_(1, self.output, values)
+
+    def energy(self) -> Tensor:
+        """``S``: the error where every level is 0, ``(rows,)``."""
+        energy = (self.w * self.x.square()).sum(1)
+        return energy if self.mean is None else energy + self.sums(self.x).square().sum(1)
 
 
 class Bracket(NamedTuple):
@@ -48,9 +83,18 @@ class Pieces(NamedTuple):
     a: Tensor
     b: Tensor
 
-    def minima(self, energy: Tensor) -> tuple[Tensor, Tensor]:
-        """Where each piece is least, and its error there; ``energy`` is ``S``, ``(rows,)``."""
-        step = torch.where(self.b > 0, self.a / self.b, self.upper).clamp(self.lower, self.upper)
+    def minima(self, energy: Tensor, inside: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Where each piece is least, and its error there.
+
+        Args:
+            energy: ``S``, ``(rows,)``.
+            inside: how far from the ends of the piece to stay, relative to the step; in the middle of one too short.
+        """
+        lower, upper = self.lower, self.upper
+        if inside:
+            middle = (lower + upper) / 2
+            lower, upper = torch.minimum(lower * (1 + inside), middle), torch.maximum(upper * (1 - inside), middle)
+        step = torch.where(self.b > 0, self.a / self.b, lower).clamp(lower, upper)
         return step, (energy[:, None] - 2 * step * self.a + step.square() * self.b).clamp(min=0)
 
 
@@ -72,9 +116,12 @@ def nearest(x: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
 def squared_error(rows: Rows, levels: Tensor, scale: Tensor) -> Tensor:
     """``f(scale)`` of every row; ``scale`` and the result are ``(rows,)``."""
     scale = scale[:, None]
+    if rows.mean is not None:
+        error = rows.x - scale * nearest(rows.x, scale, levels)
+        return rows.sums(error).square().sum(1) + (error.square_() * rows.w).sum(1)
     total = torch.zeros_like(scale[:, 0])
-    for x, w in rows.chunks():
-        total += ((x - scale * nearest(x, scale, levels)).square_() * w).sum(1)
+    for part in rows.chunks():
+        total += ((part.x - scale * nearest(part.x, scale, levels)).square_() * part.w).sum(1)
     return total
 
 
@@ -117,28 +164,65 @@ def sweep(rows: Rows, levels: Tensor, bracket: Bracket) -> Pieces:
     upwards = moves.flatten()[point] > 0
     old = start.flatten()[point] + torch.where(upwards, nth, -nth)
     new = old + torch.where(upwards, 1, -1)
-    value, weight = rows.x.flatten()[point], rows.w.flatten()[point]
-    at = value / thresholds(levels)[torch.minimum(old, new)]
-    delta = torch.stack((value * (levels[new] - levels[old]), levels[new].square() - levels[old].square())) * weight
+    at = rows.x.flatten()[point] / thresholds(levels)[torch.minimum(old, new)]
+    gain, move = _gain(rows), levels[new] - levels[old]
+    square = levels[new].square() - levels[old].square()
+    parts = [gain.flatten()[point] * move, rows.w.flatten()[point] * square]
+    if rows.mean is not None:
+        parts.append(rows.mean.flatten()[point] * move)
+    if rows.output is not None:
+        parts.append(rows.output.flatten()[point].to(at))
+    delta = torch.stack(parts)
 
     if len(rows.x) > 1:  # one line per row; shorter ones are padded at the end
         row = point // rows.x.shape[1]
         place = row * width + torch.arange(len(point), device=point.device) - (total.cumsum(0) - total)[row]
         at = at.new_full((len(total) * width,), -torch.inf).index_copy_(0, place, at)
-        delta = delta.new_zeros((2, len(total) * width)).index_copy_(1, place, delta)
+        delta = delta.new_zeros((len(delta), len(total) * width)).index_copy_(1, place, delta)
     at, order = at.view(len(total), width).sort(dim=1, descending=True)
     at = at.clamp(bracket.lower[:, None], bracket.upper[:, None])
 
     level = levels[start]
-    initial = torch.stack(((rows.w * rows.x * level).sum(1), (rows.w * level.square()).sum(1)))
-    delta = delta.view(2, len(total), width).gather(2, order.expand(2, -1, -1))
-    a, b = torch.cat((initial[:, :, None], delta), dim=2).cumsum(2)
+    initial = torch.stack(((gain * level).sum(1), (rows.w * level.square()).sum(1)))
+    delta = delta.view(len(delta), len(total), width).gather(2, order.expand(len(delta), -1, -1))
+    a, b = torch.cat((initial[:, :, None], delta[:2]), dim=2).cumsum(2)
+    if rows.mean is not None:
+        b += _squared_sums(rows.sums(level), delta[2], delta[3].long() if len(delta) > 3 else None)
     return Pieces(
         lower=torch.cat((at, bracket.lower[:, None]), dim=1),
         upper=torch.cat((bracket.upper[:, None], at), dim=1),
         a=a,
         b=b,
     )
+
+
+def _gain(rows: Rows) -> Tensor:
+    """What ``A`` grows by as the level of a value grows by one."""
+    gain = rows.w * rows.x
+    if rows.mean is None:
+        return gain
+    total = rows.sums(rows.x)
+    return gain + rows.mean * (total if rows.output is None else total.gather(1, rows.output))
+
+
+def _squared_sums(start: Tensor, moves: Tensor, output: Tensor | None) -> Tensor:
+    """``sum C_o^2`` of every piece, ``(rows, pieces)``.
+
+    Args:
+        start: ``C_o`` in the first piece, ``(rows, outputs)``.
+        moves: by how much it grows at each breakpoint, ``(rows, breakpoints)``.
+        output: which, if there are several.
+    """
+    if output is None:
+        return torch.cat((start, moves), dim=1).cumsum_(1).square_()
+    # in order of outputs, and of steps within each
+    output, order = output.sort(dim=1, stable=True)
+    moves = moves.gather(1, order)
+    before = moves.cumsum(1) - moves
+    first = torch.searchsorted(output, output)
+    before = before - before.gather(1, first) + start.gather(1, output)
+    growth = torch.empty_like(moves).scatter_(1, order, (2 * before + moves) * moves)
+    return torch.cat((start.square().sum(1, keepdim=True), growth), dim=1).cumsum_(1)
 
 
 def condense(row: Rows, levels: Tensor, bracket: Bracket) -> Rows:
@@ -177,7 +261,7 @@ def in_parts(
     for first in range(0, len(rows.x), group):
         index = slice(first, first + group)
         part = Bracket(bracket.lower[index], bracket.upper[index])
-        parts.append(solve(Rows(rows.x[index], rows.w[index]), part, index))
+        parts.append(solve(rows.take(index), part, index))
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
@@ -203,3 +287,36 @@ def _best(rows: Rows, levels: Tensor, bracket: Bracket) -> tuple[Tensor, Tensor]
     score = torch.where((pieces.a > 0) & (pieces.b > 0), pieces.a.square() / pieces.b, 0.0)
     index = (score >= score.amax(1, keepdim=True) * TIE).int().argmax(1, keepdim=True)
     return (pieces.a.gather(1, index) / pieces.b.gather(1, index))[:, 0], score.gather(1, index)[:, 0]
+
+
+def least_in(rows: Rows, levels: Tensor, bracket: Bracket) -> tuple[Tensor, ...]:
+    """The step of least error inside a bracket, for errors that jump at breakpoints, and its error in float32.
+
+    The least error of a piece may be at its end, where the next begins and is not as low, so steps within ``INSIDE`` of
+    an end do not count. Of pieces too short for that the middle does, if no other step is as good once it is rounded to
+    float32, which may carry it into another piece: among millions of values that changes little, where many share a
+    breakpoint but for rounding (weights on a grid) it changes all. Of equals the larger step is taken.
+    """
+    return in_parts(lambda rows, bracket, _: _least(rows, levels, bracket), rows, levels, bracket)
+
+
+def _least(rows: Rows, levels: Tensor, bracket: Bracket) -> tuple[Tensor, Tensor]:
+    if len(rows.x) == 1 and int(total_breakpoints(rows, levels, bracket)) > 4 * MAX_BREAKPOINTS:
+        middle = (bracket.lower * bracket.upper).sqrt()  # as in `_best`
+        if bool((bracket.lower < middle) & (middle < bracket.upper)):
+            high = _least(rows, levels, Bracket(middle, bracket.upper))
+            low = _least(rows, levels, Bracket(bracket.lower, middle))
+            return low if bool(low[1] < high[1] * TIE) else high
+    pieces = sweep(rows, levels, bracket)
+    step, error = pieces.minima(rows.energy(), INSIDE)
+    length = pieces.upper - pieces.lower
+    best, least = bracket.upper, torch.full_like(bracket.upper, torch.inf)
+    for shortest in (2 * INSIDE, 1 - TIE):
+        possible = torch.where(length > shortest * pieces.upper, error, torch.inf)
+        index = (possible * TIE <= possible.amin(1, keepdim=True)).int().argmax(1, keepdim=True)
+        trial = step.gather(1, index)[:, 0]
+        mantissa, exponent = torch.frexp(trial)
+        reached = squared_error(rows, levels, torch.ldexp(mantissa.float().double(), exponent))
+        better = reached < least * TIE
+        best, least = torch.where(better, trial, best), torch.where(better, reached, least)
+    return best, least

@@ -7,7 +7,7 @@ from lightning_qinit.functional.affine import optimal_affine as _optimal_affine
 from lightning_qinit.functional.levels import check_levels
 from lightning_qinit.functional.optimal import solve_rows
 from lightning_qinit.functional.sample import Sample
-from lightning_qinit.functional.sweep import Rows, assign
+from lightning_qinit.functional.sweep import assign
 from lightning_qinit.initializers.initial import Initial
 
 ALIVE = 0.01  # the least share of nonzero values that must not round to zero
@@ -37,7 +37,7 @@ def optimal(sample: Sample, levels: Tensor) -> Initial:
         data = _with_shape(sample)
     if data is not sample:
         notes.append("few values per channel, shaped by the whole tensor")
-    step = solve_rows(data.values, data.weights, levels).scale
+    step = solve_rows(data.rows, levels).scale
     if bool((levels == 0).any()):
         step, dead = _keep_alive(data, levels, step)
         if dead:
@@ -70,11 +70,11 @@ def optimal_affine(sample: Sample, levels: Tensor) -> Initial:
 
 def _keep_alive(sample: Sample, levels: Tensor, step: Tensor) -> tuple[Tensor, int]:
     """Solve groups again without the few values that survive, until enough of the others do."""
-    x, w = sample.values, sample.weights
+    rows = sample.rows
     guarded = torch.zeros_like(step, dtype=torch.bool)
     while True:
         kept, nonzero = torch.zeros_like(step), torch.zeros_like(step)
-        for part in Rows(x, w).chunks():
+        for part in rows.chunks():
             counts = torch.where(part.x != 0, part.w, 0.0)
             nonzero += counts.sum(1)
             kept += (counts * _survives(part.x, step, levels)).sum(1)
@@ -82,9 +82,11 @@ def _keep_alive(sample: Sample, levels: Tensor, step: Tensor) -> tuple[Tensor, i
         if not dead.any():
             return step, int(guarded.sum())
         guarded |= dead
-        w = torch.where(dead[:, None] & _survives(x, step, levels), 0.0, w)
+        clipped = dead[:, None] & _survives(rows.x, step, levels)
+        mean = None if rows.mean is None else torch.where(clipped, 0.0, rows.mean)
+        rows = rows._replace(w=torch.where(clipped, 0.0, rows.w), mean=mean)
         step = step.clone()
-        step[dead] = solve_rows(x[dead], w[dead], levels).scale
+        step[dead] = solve_rows(rows.take(dead), levels).scale
 
 
 def _survives(x: Tensor, step: Tensor, levels: Tensor) -> Tensor:
@@ -104,4 +106,9 @@ def _with_shape(sample: Sample) -> Sample:
     shape = rms[:, None] * pooled[at]
     weight = torch.full_like(shape, PRIOR / SHAPE) * (sample.weights.sum(1, keepdim=True) / sample.values.shape[1])
     values, weights = torch.cat((sample.values, shape), dim=1), torch.cat((sample.weights, weight), dim=1)
-    return Sample(values, weights, sample.minimum, sample.maximum)
+    mean, output = sample.mean_inputs, sample.output
+    if mean is not None:  # the shape has no part in any output
+        mean = torch.cat((mean, torch.zeros_like(shape)), dim=1)
+    if output is not None:
+        output = torch.cat((output, torch.zeros_like(shape, dtype=torch.int64)), dim=1)
+    return Sample(values, weights, sample.minimum, sample.maximum, mean, output)

@@ -75,6 +75,24 @@ class QuantizedLayer(nn.Module):
             found = {"weight": found[names[0]]}
         return found if self.weight_quantizer is not None else {}
 
+    def inputs_met(self, what: str) -> tuple[str, ...]:
+        """Which inputs a weight is multiplied with, and its outputs the sums of.
+
+        Args:
+            what: one of :meth:`weights`.
+
+        Returns:
+            Names from ``inputs``, for equal parts along the output axis in their order; none if the weight meets
+            nothing that the layer is given, or is not summed over.
+        """
+        return ()
+
+    def outputs_fed(self, weight: Tensor) -> Tensor:
+        """For every element of a weight a number of the output that it feeds, broadcastable to the weight."""
+        shape = [1] * weight.dim()
+        shape[self.output_axis] = -1
+        return torch.arange(weight.shape[self.output_axis], device=weight.device).view(shape)
+
     def weight_quantizers(self) -> dict[str, Quantizer]:
         """By what they quantize: ``"weight"``, or the names of the parameters."""
         return _by_name(self.weight_quantizer, "weight")
@@ -146,6 +164,9 @@ class _OneWeight(QuantizedLayer):
     def linear(self) -> bool:
         return True
 
+    def inputs_met(self, what: str) -> tuple[str, ...]:
+        return self.inputs
+
     def compute(self, x: Tensor, operation: Operation | None, plain: Callable[..., Tensor]) -> Tensor:
         """The operation on the quantized input and the quantized weight, in the dtype that autocast would cast them to.
 
@@ -208,6 +229,17 @@ class _QuantConvTranspose(_OneWeight, _ConvTransposeNd):
     # The weight is (in, out / groups, ...): with groups, one step serves the same channel of every group.
     output_axis = 1
     convolve: ClassVar[Callable[..., Tensor]]
+
+    def outputs_fed(self, weight: Tensor) -> Tensor:
+        # An output channel of a group is one output for every phase: with a stride, a position of the output meets only
+        # those elements of the kernel that are a multiple of the stride apart from each other.
+        device, kernel = weight.device, weight.shape[2:]
+        index = torch.arange(self.groups * weight.shape[1], device=device).view(self.groups, -1)
+        index = index.repeat_interleave(weight.shape[0] // self.groups, dim=0)
+        for size, stride, dilation in zip(kernel, self.stride, self.dilation, strict=True):
+            phase = torch.arange(size, device=device) * dilation % stride
+            index = index[..., None] * stride + phase
+        return index
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         dims = self.weight.dim() - 2
@@ -311,6 +343,9 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
     def batch_axis(cls, layer: nn.Module) -> int:
         return 0 if layer.batch_first else 1
 
+    def inputs_met(self, what: str) -> tuple[str, ...]:
+        return self.inputs if what == "weight" else ({"q": "query", "k": "key", "v": "value"}[what[0]],)
+
     def forward(
         self,
         query: Tensor,
@@ -383,6 +418,9 @@ class _QuantRecurrent(QuantizedLayer, nn.RNNBase):
     @classmethod
     def batch_axis(cls, layer: nn.Module) -> int:
         return 0 if layer.batch_first else 1
+
+    def inputs_met(self, what: str) -> tuple[str, ...]:
+        return self.inputs if what.startswith("weight_ih_l0") else ()
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:
         if isinstance(input, PackedSequence):

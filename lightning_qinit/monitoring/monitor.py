@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_qinit.functional.levels import thresholds
 from lightning_qinit.functional.optimal import solve_rows
 from lightning_qinit.functional.sample import float64_device
+from lightning_qinit.functional.sweep import Rows
 from lightning_qinit.insertion import QuantizedLayer, named_quantizers
 from lightning_qinit.monitoring.codes import normalized
 from lightning_qinit.monitoring.metrics import (
@@ -181,7 +182,8 @@ class Monitor:
             width = max(row.shape[1] for row in rows)
             values = torch.cat([nn.functional.pad(row, (0, width - row.shape[1])) for row in rows])
             weights = torch.cat([nn.functional.pad(torch.ones_like(r), (0, width - r.shape[1])) for r in rows])
-            best = solve_rows(values, weights, torch.tensor(levels, dtype=torch.float64, device=values.device)).scale
+            level_set = torch.tensor(levels, dtype=torch.float64, device=values.device)
+            best = solve_rows(Rows(values, weights), level_set).scale
             for name, scale in zip(names, best.split([len(row) for row in rows]), strict=True):
                 ratios[name] = torch.stack((1 / scale, torch.ones_like(scale))).mean(1).to(device, torch.float32)
         return torch.stack(list(ratios.values()))
