@@ -1,5 +1,6 @@
 """Counting the values of a tensor by the leading bits of their float32 numbers."""
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -46,7 +47,6 @@ class Counter:
         self.device = torch.device(device)
         self._on_cpu = self.device.type == "cpu"
         self._rows = min(torch.get_num_threads(), 8) if self._on_cpu else 32
-        self._buffers: tuple[Tensor, Tensor, Tensor] | None = None
 
     @torch.no_grad()
     @any_order()
@@ -54,16 +54,19 @@ class Counter:
         """Count the values of any floating-point tensor, rounded to float32."""
         values = in_memory_order(x.detach(), x).to(self.device)
         if len(values) > FEW:
-            keys, sums = zip(*map(self._count, values.split(_MANY)), strict=True)
-            return Tally(torch.cat(keys), torch.cat(sums, 1), extremes(values))
+            parts = [self._count(part) for part in values.split(_MANY)]
+            return Tally(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts], 1), extremes(values))
         keys, low = split(values)
         return Tally(keys, torch.stack((torch.ones_like(low), low)), extremes(values))
 
+    @cached_property
+    def _buffers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The tables, empty but while counting, and the keys and bits of the values at hand."""
+        most = self._rows * 2**16
+        table = torch.zeros(self._rows * KEYS, dtype=torch.int64, device=self.device)
+        return table, table.new_empty(most), table.new_empty(most)
+
     def _count(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        if self._buffers is None:
-            most = 2**17 if self._rows == 1 else self._rows * 2**16
-            sizes = (self._rows * KEYS, most, most)
-            self._buffers = tuple(torch.zeros(size, dtype=torch.int64, device=self.device) for size in sizes)
         table, all_keys, all_bits = self._buffers
         rows = self._in_rows(table)
         for part in values.split(len(all_keys)):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_qinit.calibration.sketch import Sketch
 from lightning_qinit.calibration.count import FEW, Counter, Tally
+from lightning_qinit.calibration.sketch import Sketch
 from lightning_qinit.functional.sample import float64_device
 from lightning_qinit.insertion import QuantizedLayer
 
