@@ -82,7 +82,8 @@ class Counter:
         used = blocks.amax((0, 2)).nonzero()[:, 0] if self._on_cpu else slice(None)
         sums = blocks[:, used].sum(0).flatten()
         blocks[:, used] = 0
-        keys = torch.arange(KEYS, device=self.device).view(-1, _BLOCK)[used].flatten()
+        first = torch.arange(0, KEYS, _BLOCK, device=self.device)[used]
+        keys = (first[:, None] + torch.arange(_BLOCK, device=self.device)).flatten()
         one = (keys << LOW_BITS).to(torch.int32).to(torch.int64) + _ONE  # what the first number of a key adds
         return keys, torch.stack((sums // one, sums % one))
 
