@@ -361,6 +361,7 @@ def test_weighted_quantiles_and_moments_of_samples() -> None:
     for share in (0.1, 1 / 3, 0.5, 5 / 6, 0.9, 1.0):
         expected = repeated[math.ceil(share * 6 - 1e-9) - 1]
         assert float(sample.quantile(share)) == float(expected)
+        assert float(Sample.of_tensor(repeated).quantile(share)) == float(expected)
     assert float(sample.deviation()) == pytest.approx(float(repeated.std(correction=0)))
     assert (float(sample.minimum), float(sample.maximum)) == (1, 3)
 
