@@ -1,8 +1,6 @@
 """Counting the values of a tensor by the leading bits of their float32 numbers."""
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, partial
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -37,10 +35,9 @@ class Tally(NamedTuple):
 class Counter:
     """Counts the values of tensors, in memory that it keeps.
 
-    On a CPU up to eight threads fill a table each, a part that stays in the cache at a time. They take parts as they
-    come and never wait for one another, so that a core which is busy otherwise (loading data) delays nobody; torch's
-    own threads would wait after every operation. On a GPU neighbouring values go to different tables, so that they
-    seldom wait for each other, however many are equal (to zero).
+    Several tables are filled side by side. On a CPU each core has its own, and takes as many values at a time as stay
+    in its cache. On a GPU neighbouring values go to different tables, so that they seldom wait for each other, however
+    many are equal (to zero).
 
     Args:
         device: where to count.
@@ -49,8 +46,7 @@ class Counter:
     def __init__(self, device: torch.device | str) -> None:
         self.device = torch.device(device)
         self._on_cpu = self.device.type == "cpu"
-        self._tables = min(torch.get_num_threads(), 8) if self._on_cpu else 32
-        self._part = 2**15 if self._on_cpu else 2**21  # torch spreads more than 2^15 over its own threads
+        self._rows = min(torch.get_num_threads(), 8) if self._on_cpu else 32
 
     @torch.no_grad()
     @any_order()
@@ -64,33 +60,24 @@ class Counter:
         return Tally(keys, torch.stack((torch.ones_like(low), low)), extremes(values))
 
     @cached_property
-    @torch.inference_mode(False)
-    def _rows(self) -> Tensor:
-        """The tables, ``(tables, KEYS)``: one after the other on a CPU, interleaved on a GPU; zero between counts."""
-        table = torch.zeros(self._tables * KEYS, dtype=torch.int64, device=self.device)
-        return table.view(self._tables, -1) if self._on_cpu else _interleaved(table, self._tables)
-
-    @cached_property
-    @torch.inference_mode(False)
-    def _buffers(self) -> Tensor:
-        """Keys and bits of a part, for each thread."""
-        threads = self._tables if self._on_cpu else 1
-        return torch.empty(threads, 2, self._part, dtype=torch.int64, device=self.device)
-
-    @cached_property
-    def _pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self._tables - 1)
+    def _buffers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The tables, empty but while counting, and the keys and bits of the values at hand."""
+        most = self._rows * 2**16
+        table = torch.zeros(self._rows * KEYS, dtype=torch.int64, device=self.device)
+        return table, table.new_empty(most), table.new_empty(most)
 
     def _count(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        rows, parts = self._rows, iter(values.split(self._part))
-        mine = rows.split(1) if self._on_cpu else (rows,)
-        fills = [partial(_fill, some, buffers, parts) for some, buffers in zip(mine, self._buffers, strict=True)]
-        others = [self._pool.submit(fill) for fill in fills[1:]]
-        fills[0]()
-        for other in others:
-            if not other.cancel():  # it began in time
-                other.result()
-        blocks = rows.view(len(rows), -1, _BLOCK)
+        table, all_keys, all_bits = self._buffers
+        rows = self._in_rows(table)
+        for part in values.split(len(all_keys)):
+            key, bits = all_keys[: len(part)], all_bits[: len(part)]
+            bits.copy_(part.to(torch.float32).contiguous().view(torch.int32)).add_(_ONE)
+            torch.bitwise_right_shift(bits, LOW_BITS, out=key).bitwise_and_(KEYS - 1)
+            even = len(part) - len(part) % self._rows
+            rows.scatter_add_(1, self._in_rows(key[:even]), self._in_rows(bits[:even]))
+            if even < len(part):
+                rows[0].scatter_add_(0, key[even:], bits[even:])
+        blocks = rows.view(self._rows, -1, _BLOCK)
         # most exponents never occur; but to ask a GPU which do would be to wait for it
         used = blocks.amax((0, 2)).nonzero()[:, 0] if self._on_cpu else slice(None)
         sums = blocks[:, used].sum(0).flatten()
@@ -100,24 +87,9 @@ class Counter:
         one = (keys << LOW_BITS).to(torch.int32).to(torch.int64) + _ONE  # what the first number of a key adds
         return keys, torch.stack((sums // one, sums % one))
 
-
-@torch.no_grad()
-def _fill(rows: Tensor, buffers: Tensor, parts: Iterator[Tensor]) -> None:
-    """Add the bits of values to tables, ``(tables, KEYS)``, until there are no more parts."""
-    tables = len(rows)
-    for part in parts:
-        key, bits = buffers[:, : len(part)]
-        bits.copy_(part.to(torch.float32).contiguous().view(torch.int32)).add_(_ONE)
-        torch.bitwise_right_shift(bits, LOW_BITS, out=key).bitwise_and_(KEYS - 1)
-        even = len(part) - len(part) % tables
-        rows.scatter_add_(1, _interleaved(key[:even], tables), _interleaved(bits[:even], tables))
-        if even < len(part):
-            rows[0].scatter_add_(0, key[even:], bits[even:])
-
-
-def _interleaved(x: Tensor, rows: int) -> Tensor:
-    """A vector as rows that take its elements in turns."""
-    return x.view(-1, rows).t()
+    def _in_rows(self, x: Tensor) -> Tensor:
+        """A vector as one row per table: one after the other on a CPU, interleaved on a GPU."""
+        return x.view(self._rows, -1) if self._on_cpu else x.view(-1, self._rows).t()
 
 
 def in_memory_order(x: Tensor, like: Tensor) -> Tensor:
