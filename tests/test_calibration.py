@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_qinit import Codebook, QuantInitCallback, Sample, calibrate, prepare
 from lightning_qinit.calibration import Sketch, observe
 from lightning_qinit.calibration.allocate import allocate_bits
+from lightning_qinit.calibration.count import FEW, Counter
 from lightning_qinit.functional import fake_quantize, optimal_scale
 from lightning_qinit.insertion import insert, named_quantizers, quantized_layers
 
@@ -156,6 +157,42 @@ def test_hessian_says_where_it_knows_none(make_trainer) -> None:
     assert {row.note.split(";")[0] for row in rows if row.what != "input"} == {
         "no hessian importance, so all values count alike"
     }
+
+
+class Twice(nn.Module):
+    """Two layers that take the same tensor, which may change in between."""
+
+    def __init__(self, change: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.change = nn.Linear(40, 40), nn.Linear(40, 40), change
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        y = self.first(x)
+        return y + self.second(x.mul_(2) if self.change else x)
+
+
+@pytest.mark.parametrize(("change", "inference", "times"), [(False, False, 2), (True, False, 4), (True, True, 4)])
+def test_an_input_of_several_layers_is_counted_once(
+    change: bool, inference: bool, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = []
+    count = Counter.count
+    monkeypatch.setattr(Counter, "count", lambda counter, x: counted.append(x) or count(counter, x))
+    batches = [torch.randn(FEW // 40 + 1, 40) for _ in range(2)]
+    layers = quantized_layers(model := prepare(Twice(change)))
+    with torch.inference_mode(inference), observe(layers) as seen:
+        for batch in batches:
+            model(batch)
+            seen.end_batch()
+    assert len(counted) == times
+    expected, twice = Sketch(), Sketch()
+    for batch in batches:
+        expected.update(batch)
+        twice.update(batch * (2 if change else 1))
+    assert torch.equal(seen.inputs["first.input"].table, expected.table)
+    assert torch.equal(seen.inputs["second.input"].table, twice.table)
+    assert torch.equal(seen.inputs["second.input"].extremes, twice.extremes)
 
 
 def test_weighted_sketches_merge_and_repeat() -> None:

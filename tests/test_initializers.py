@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_qinit import initializers
 from lightning_qinit.config import LayerConfig, QuantConfig
 from lightning_qinit.functional import optimal_scale, uniform_levels
-from lightning_qinit.functional.affine import affine_error, optimal_affine, refine
+from lightning_qinit.functional.affine import TURNS, affine_error, optimal_affine, refine, refine_scale
 from lightning_qinit.functional.levels import apot_levels
 from lightning_qinit.functional.sample import Sample
 from lightning_qinit.initializers import AFFINE, INITIALIZERS, Initial, initialize, usable
@@ -240,10 +240,23 @@ def test_refining_never_raises_the_error() -> None:
     torch.manual_seed(0)
     sample, levels = sample_of(torch.randn(5, 50), 0), uniform_levels(3, False)
     start, offset = torch.full((5,), 0.3, dtype=torch.float64), torch.full((5,), -1.0, dtype=torch.float64)
-    for moves in (True, False):
-        scale, moved = refine(sample, levels, start, offset, moves)
-        assert (affine_error(sample, levels, scale, moved) <= affine_error(sample, levels, start, offset)).all()
-        assert moves or torch.equal(moved, offset)
+    scale, moved = refine(sample, levels, start, offset)
+    assert (affine_error(sample, levels, scale, moved) <= affine_error(sample, levels, start, offset)).all()
+
+
+@pytest.mark.parametrize("one_sided", [True, False])
+def test_refined_scale_is_where_fitting_and_rounding_in_turns_ends(one_sided: bool) -> None:
+    torch.manual_seed(0)
+    values = torch.randn(5, 200, dtype=torch.float64)
+    sample = Sample.of_values(values.relu() if one_sided else values, torch.rand(5, 200, dtype=torch.float64))
+    levels = uniform_levels(3, not one_sided)
+    start = torch.linspace(0.02, 2.0, 5, dtype=torch.float64)
+    for group, refined in enumerate(refine_scale(sample, levels, start)):
+        x, w, scale = sample.values[group], sample.weights[group], start[group]
+        for _ in range(TURNS):
+            codes = (x / scale).round().clamp(levels[0], levels[-1])
+            scale = (w * codes * x).sum() / (w * codes.square()).sum()
+        assert float(refined) == pytest.approx(float(scale), rel=1e-12)
 
 
 class TestGuards:
@@ -348,6 +361,7 @@ def test_weighted_quantiles_and_moments_of_samples() -> None:
     for share in (0.1, 1 / 3, 0.5, 5 / 6, 0.9, 1.0):
         expected = repeated[math.ceil(share * 6 - 1e-9) - 1]
         assert float(sample.quantile(share)) == float(expected)
+        assert float(Sample.of_tensor(repeated).quantile(share)) == float(expected)
     assert float(sample.deviation()) == pytest.approx(float(repeated.std(correction=0)))
     assert (float(sample.minimum), float(sample.maximum)) == (1, 3)
 

@@ -1,5 +1,8 @@
 """The sketch against the data it stands for."""
 
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 from distributions import DISTRIBUTIONS
@@ -7,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_qinit.calibration import Sketch
+from lightning_qinit.calibration.count import FEW, Counter
 from lightning_qinit.functional import optimal_scale, uniform_levels
 from lightning_qinit.functional.optimal import solve_rows
 from lightning_qinit.functional.sample import Sample
@@ -79,10 +83,41 @@ def test_moments_and_extremes(kind: str) -> None:
     assert float(minmax(sample, levels)) == float(minmax(data, levels))
 
 
+def brute_force(x: torch.Tensor) -> torch.Tensor:
+    """Count and sum of low bits per key, by numpy on the bit patterns."""
+    bits = x.float().flatten().numpy().view(np.uint32)
+    keys, low = bits >> 14, (bits & (2**14 - 1)).astype(np.float64)
+    return torch.from_numpy(np.stack([np.bincount(keys, w, 2**18) for w in (None, low)]).astype(np.int64))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("size", [FEW, FEW + 1, 4 * FEW + 7])
+def test_counts_are_those_of_the_bit_patterns(size: int, threads: int, request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(threads)
+    x = torch.randn(size) * torch.logspace(-45, 38, size)  # every exponent
+    x[::3] = 0.0
+    x[-4:] = torch.tensor([torch.nan, -torch.nan, torch.inf, -torch.inf])
+    counter = Counter("cpu")
+    for _ in range(2):  # the second time in tables that were used
+        sketch = sketch_of()
+        sketch.add(counter.count(x))
+        assert torch.equal(sketch.table, brute_force(x))
+        assert sketch.extremes.tolist() == [-x[:-4].min(), x[:-4].max()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_layout_and_dtype_do_not_matter(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 3, 200, 300).to(dtype)
+    expected = brute_force(x)
+    for same in (x, x.to(memory_format=torch.channels_last), x.transpose(0, 3), x[..., ::2], x[..., 1::2]):
+        assert torch.equal(sketch_of(same).table, expected if same.numel() == x.numel() else brute_force(same))
+
+
 def test_forty_million_equal_values_are_forty_million() -> None:
     sketch = Sketch()
-    batch = torch.tensor(0.3).expand(4_000_000)
-    for _ in range(10):
+    batch = torch.tensor(0.3).expand(20_000_000)
+    for _ in range(2):
         sketch.update(batch)
     assert sketch.count == 40_000_000
     sample = sketch.sample()

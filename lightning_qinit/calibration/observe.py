@@ -9,7 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightning_qinit.calibration.count import FEW, Counter, Tally
 from lightning_qinit.calibration.sketch import Sketch
 from lightning_qinit.functional.sample import float64_device
 from lightning_qinit.insertion import QuantizedLayer
@@ -43,11 +45,14 @@ class Observation:
         self._first_batch = True
         self._open = True
         self._seen: list[tuple[str, Tensor]] = []  # inputs of this batch that wait for their gradient
+        self._counters: dict[torch.device, Counter] = {}
+        self._tallies = WeakTensorKeyDictionary()  # version and tally of this batch's inputs that still exist
 
     def end_batch(self) -> None:
         """Tell that a batch is complete: the order of layers is that of the first."""
         self._first_batch = self._first_batch and not self.first_run
         self._seen.clear()
+        self._tallies.clear()
 
     def differentiate(self, layers: Mapping[str, QuantizedLayer], losses: Sequence[Tensor]) -> None:
         """Add the squared gradients of a batch's loss (the empirical Fisher information, taken batch by batch)."""
@@ -91,13 +96,26 @@ class Observation:
     def _saw(self, name: str, x: Tensor) -> Tensor:
         if not x.is_floating_point():
             return x
-        if self.criterion == "fisher" and not x.requires_grad:
-            x = x.detach().requires_grad_()
         if self._open:
-            self.inputs.setdefault(name, Sketch(float64_device(x))).update(x)
-            if self.criterion == "fisher":
+            device = float64_device(x)
+            if name not in self.inputs:
+                self.inputs[name] = Sketch(device)
+            self.inputs[name].add(self._count(x, self._counters.setdefault(device, Counter(device))))
+        if self.criterion == "fisher":
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            if self._open:
                 self._seen.append((name, x))
         return x
+
+    def _count(self, x: Tensor, counter: Counter) -> Tally:
+        """Count the values of an input; only once, where several layers take the same tensor."""
+        if x.is_inference() or x.numel() <= FEW:  # nothing tells whether an inference tensor was changed
+            return counter.count(x)
+        version, tally = self._tallies.get(x, (None, None))
+        if tally is None or version != x._version:
+            tally = counter.count(x)
+            self._tallies[x] = x._version, tally
+        return tally
 
 
 @contextmanager

@@ -3,9 +3,11 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_qinit.functional.levels import check_levels
+from lightning_qinit.functional.determinism import any_order
+from lightning_qinit.functional.levels import check_levels, thresholds
 from lightning_qinit.functional.optimal import solve_rows
 from lightning_qinit.functional.sample import Sample
 from lightning_qinit.functional.sweep import assign
@@ -53,9 +55,7 @@ def optimal_affine(sample: Sample, levels: Tensor) -> OptimalAffine:
     return OptimalAffine(*(torch.where(better, new, old) for new, old in zip(other, best, strict=True)))
 
 
-def refine(
-    sample: Sample, levels: Tensor, scale: Tensor, offset: Tensor, moves_offset: bool = True
-) -> tuple[Tensor, Tensor]:
+def refine(sample: Sample, levels: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     """Alternate codes and the regression on them until the error stands still; never worse than the start.
 
     Args:
@@ -63,12 +63,11 @@ def refine(
         levels: a level set.
         scale: where the step starts, ``(groups,)``.
         offset: where the offset starts, ``(groups,)``.
-        moves_offset: whether the offset takes part.
     """
     levels = levels.to(sample.values)
     error = affine_error(sample, levels, scale, offset)
     for _ in range(TURNS):
-        new_scale, new_offset = _regression(sample, levels, scale, offset, moves_offset)
+        new_scale, new_offset = _regression(sample, levels, scale, offset)
         new_error = affine_error(sample, levels, new_scale, new_offset)
         better = new_error < error
         scale, offset = torch.where(better, new_scale, scale), torch.where(better, new_offset, offset)
@@ -76,6 +75,38 @@ def refine(
             break
         error = torch.minimum(new_error, error)
     return scale, offset
+
+
+@any_order()
+def refine_scale(sample: Sample, levels: Tensor, scale: Tensor) -> Tensor:
+    """As :func:`refine` without an offset: the local minimum of the error that is reached from ``scale``.
+
+    On sorted values and their sums a turn is a search for the thresholds, whatever the number of values.
+    """
+    x, order = sample.values.sort(dim=1)
+    w = sample.weights.gather(1, order)
+    sums = F.pad(torch.stack((w, w * x)).cumsum(2), (1, 0))  # of the values below each
+    levels = levels.to(x)
+    middle = thresholds(levels)
+
+    def moments(scale: Tensor) -> tuple[Tensor, Tensor]:
+        """``A`` and ``B`` of the error ``S - 2 s A + s^2 B`` (see ``sweep``)."""
+        ends = F.pad(torch.searchsorted(x, scale[:, None] * middle), (1, 1))
+        ends[:, -1] = x.shape[1]
+        weight, total = sums.gather(2, ends.expand(2, -1, -1)).diff(dim=2)
+        return total @ levels, weight @ levels.square()
+
+    a, b = moments(scale)
+    error = sample.energy - 2 * scale * a + scale.square() * b
+    for _ in range(TURNS):
+        fitted = torch.where((a > 0) & (b > 0), a / b, scale)
+        a, b = moments(fitted)
+        new_error = sample.energy - 2 * fitted * a + fitted.square() * b
+        gains = (new_error < error * (1 - GAIN)).any()
+        scale, error = torch.where(new_error < error, fitted, scale), torch.minimum(new_error, error)
+        if not gains:
+            break
+    return scale
 
 
 def affine_error(sample: Sample, levels: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
@@ -121,22 +152,14 @@ def _turns(sample: Sample, levels: Tensor, scale: Tensor, offset: Tensor) -> Opt
     return OptimalAffine(scale, offset, error)
 
 
-def _regression(
-    sample: Sample, levels: Tensor, scale: Tensor, offset: Tensor, moves_offset: bool
-) -> tuple[Tensor, Tensor]:
+def _regression(sample: Sample, levels: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     """Least squares of the values on their present levels; a group whose levels do not vary stays as it is."""
     usable = torch.where(scale > 0, scale, 1.0)
     level = levels[assign(sample.values - offset[:, None], usable[:, None], levels)]
     x = sample.values
-    if moves_offset:
-        mean_level, mean_x = sample.mean(level), sample.mean(x)
-        covariance = sample.mean((level - mean_level[:, None]) * (x - mean_x[:, None]))
-        variance = sample.mean((level - mean_level[:, None]).square())
-    else:
-        covariance, variance = sample.mean(level * (x - offset[:, None])), sample.mean(level.square())
+    mean_level, mean_x = sample.mean(level), sample.mean(x)
+    covariance = sample.mean((level - mean_level[:, None]) * (x - mean_x[:, None]))
+    variance = sample.mean((level - mean_level[:, None]).square())
     fitted = covariance / torch.where(variance > 0, variance, 1.0)
     good = (variance > 0) & (fitted > 0)
-    new_scale = torch.where(good, fitted, scale)
-    if not moves_offset:
-        return new_scale, offset
-    return new_scale, torch.where(good, mean_x - fitted * mean_level, offset)
+    return torch.where(good, fitted, scale), torch.where(good, mean_x - fitted * mean_level, offset)

@@ -1,6 +1,8 @@
 """The data that a step is chosen for: a tensor, or what calibration kept of many batches."""
 
+import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -64,7 +66,7 @@ class Sample:
         """Total weight of each group, ``(groups,)``."""
         return self.weights.sum(1)
 
-    @property
+    @cached_property
     def energy(self) -> Tensor:
         """Sum of squares of each group's data, ``(groups,)``."""
         return (self.weights * self.values.square()).sum(1)
@@ -82,10 +84,13 @@ class Sample:
     @any_order()
     def quantile(self, share: float, magnitude: bool = False) -> Tensor:
         """The least value of each group (or magnitude) that at least ``share`` of its data do not exceed."""
-        values, order = (self.values.abs() if magnitude else self.values).sort(dim=1)
+        values, count = self.values.abs() if magnitude else self.values, self.values.shape[1]
+        # sums round: a relative 1e-12 keeps an exact share from slipping to the next value
+        if count and self.weights.stride() == (0, 0):  # all weights are one number
+            return values.kthvalue(min(max(1, math.ceil(share * count * (1 - 1e-12))), count), dim=1).values
+        values, order = values.sort(dim=1)
         below = self.weights.gather(1, order).cumsum(1)
-        # the sum rounds: a relative 1e-12 keeps an exact share from slipping to the next value
-        index = (below < share * below[:, -1:] * (1 - 1e-12)).sum(1, keepdim=True).clamp(max=values.shape[1] - 1)
+        index = (below < share * below[:, -1:] * (1 - 1e-12)).sum(1, keepdim=True).clamp(max=count - 1)
         return values.gather(1, index)[:, 0]
 
     def shifted(self, offset: Tensor) -> "Sample":

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_qinit.functional.affine import refine
+from lightning_qinit.functional.affine import refine, refine_scale
 from lightning_qinit.functional.sample import Sample
 from lightning_qinit.initializers.initial import Initial
 from lightning_qinit.initializers.minmax import minmax, minmax_affine
@@ -27,8 +27,7 @@ def lsqplus(sample: Sample, levels: Tensor) -> Tensor:
         mean, deviation = sample.mean(sample.values), sample.deviation()
         reach = torch.maximum((mean - 3 * deviation).abs(), (mean + 3 * deviation).abs())
         return reach / 2.0 ** (bits_of(levels) - 1)
-    start = minmax(sample, levels)
-    return refine(sample, levels, start, torch.zeros_like(start), moves_offset=False)[0]
+    return refine_scale(sample, levels, minmax(sample, levels))
 
 
 def lsqplus_affine(sample: Sample, levels: Tensor) -> Initial:
