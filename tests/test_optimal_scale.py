@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_qinit.functional import optimal_scale, uniform_levels
+from lightning_qinit.functional import optimal, optimal_scale, uniform_levels
 from lightning_qinit.functional.bracket import gather
+from lightning_qinit.functional.chords import scan
 from lightning_qinit.functional.sample import Sample
-from lightning_qinit.functional.sweep import Rows, squared_error
+from lightning_qinit.functional.sweep import Rows, best_in, outer_bracket, squared_error
 from lightning_qinit.initializers import lsq, minmax, usable
 
 LEVEL_SETS = [
@@ -91,7 +92,25 @@ values = st.floats(-100, 100, allow_nan=False, width=32)
 )
 def test_matches_brute_force_on_anything(x: list[float], weights: list[float], levels: set[int]) -> None:
     level_set = torch.tensor(sorted(levels | {0, 1}), dtype=torch.float64)
-    assert_optimal(torch.tensor(x), level_set, torch.tensor(weights[: len(x)]))
+    for breakpoints_per_value in (optimal.DENSE, -1):  # few are sorted at once; on a grid of steps first
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(optimal, "DENSE", breakpoints_per_value)
+            assert_optimal(torch.tensor(x), level_set, torch.tensor(weights[: len(x)]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), bits=st.integers(2, 8), count=st.integers(1, 300), weighted=st.booleans())
+def test_a_grid_of_steps_never_excludes_the_best(seed: int, bits: int, count: int, weighted: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, count, generator=generator, dtype=torch.float64) ** 3
+    w = torch.rand(3, count, generator=generator).double() if weighted else torch.ones(3, 1).double().expand(3, count)
+    rows, levels = Rows(x, w), uniform_levels(bits, signed=True)
+    bracket = outer_bracket(x, levels)
+    step, score = best_in(rows, levels, bracket)
+    narrowed = scan(rows, levels, bracket)
+    assert (narrowed.lower >= bracket.lower).all() and (narrowed.upper <= bracket.upper).all()
+    assert torch.allclose(best_in(rows, levels, narrowed)[1], score, rtol=1e-12)
+    assert ((narrowed.lower <= step * (1 + 1e-9)) & (step <= narrowed.upper * (1 + 1e-9))).all()
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
@@ -137,7 +156,7 @@ def test_binary_is_the_mean_magnitude() -> None:
 def test_bracketing_changes_nothing(kind: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x, levels = DISTRIBUTIONS[kind](30_000), uniform_levels(bits, signed=True)
     bracketed = optimal_scale(x, levels)
-    monkeypatch.setattr("lightning_qinit.functional.optimal.RESOLUTIONS", ())
+    monkeypatch.setattr(optimal, "RESOLUTIONS", ())
     swept = optimal_scale(x, levels)
     assert float(bracketed.scale) == pytest.approx(float(swept.scale), rel=1e-12)
     assert float(bracketed.error) == pytest.approx(float(swept.error), rel=1e-9)

@@ -72,13 +72,19 @@ def _ends(mantissa_bits: int) -> Tensor:
     return torch.cat((torch.zeros(1, dtype=torch.float64), keys.view(torch.float64)))
 
 
+def reach(x: Tensor, levels: Tensor) -> Tensor:
+    """The least step at which nothing is clipped, ``(rows,)``; 0 where no level lies on the side of the values."""
+    least = torch.zeros_like(x[:, 0])
+    for edge, level in ((x.amax(1), levels[-1]), (x.amin(1), levels[0])):
+        least = torch.maximum(least, edge / level if level != 0 else torch.zeros_like(least))
+    return least
+
+
 def coarse(nodes: Nodes, rows: Rows, levels: Tensor, bracket: Bracket) -> Bracket:
     """Narrow a bracket by the clipping and the dead-zone bound on a geometric grid of steps."""
     (x, w, *_), gap = nodes
-    reach = torch.zeros_like(gap)
-    for edge, level in ((x.amax(1), levels[-1]), (x.amin(1), levels[0])):
-        reach = torch.maximum(reach, edge / level if level != 0 else torch.zeros_like(gap))
-    steps = torch.where(reach > 0, reach, bracket.upper)[:, None] * GRID.to(x.device)
+    widest = reach(x, levels)
+    steps = torch.where(widest > 0, widest, bracket.upper)[:, None] * GRID.to(x.device)
     errors, clipping, dead = (torch.empty_like(steps) for _ in range(3))
     for i, step in enumerate(steps.split(1, dim=1)):
         level = nearest(x, step, levels)
@@ -101,7 +107,7 @@ def fine(nodes: Nodes, rows: Rows, levels: Tensor, bracket: Bracket) -> Bracket:
         pieces = sweep(part, levels, bracket)
         step, error = pieces.minima((part.w * part.x.square()).sum(1))
         best = step.gather(1, error.argmin(1, keepdim=True))[:, 0]
-        best = _reached(rows.take(index), levels, best)
+        best = error_reached(rows.take(index), levels, best)
         possible = error <= _limit(best, Nodes(part, nodes.gap[index]))
         lower = torch.where(possible, pieces.lower, torch.inf).amin(1)
         upper = torch.where(possible, pieces.upper, 0.0).amax(1)
@@ -110,7 +116,7 @@ def fine(nodes: Nodes, rows: Rows, levels: Tensor, bracket: Bracket) -> Bracket:
     return Bracket(*in_parts(solve, nodes.rows, levels, bracket))
 
 
-def _reached(rows: Rows, levels: Tensor, step: Tensor) -> Tensor:
+def error_reached(rows: Rows, levels: Tensor, step: Tensor) -> Tensor:
     """An error reached near the step of least squared error, ``(rows,)``; a low one, if it is that of outputs."""
     best = squared_error(rows, levels, step)
     for ratios in NEARBY if rows.mean is not None else ():

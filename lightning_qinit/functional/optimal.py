@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from lightning_qinit.functional.bracket import coarse, fine, gather, nodes_per_row
+from lightning_qinit.functional.chords import scan
 from lightning_qinit.functional.determinism import any_order
 from lightning_qinit.functional.levels import check_levels
 from lightning_qinit.functional.sweep import (
     Bracket,
     Rows,
+    at_once,
     best_in,
     least_in,
     nearest,
@@ -20,6 +22,8 @@ from lightning_qinit.functional.sweep import (
 )
 
 RESOLUTIONS = (4, 6, 9, 12)  # mantissa bits of the nodes, each bracket narrower than the one before
+SHORT = 2**14  # values of a row up to which a grid of steps costs less than cells
+DENSE = 1  # breakpoints per value from which that is cheaper than to sort them
 BEYOND = 2.0**40  # errors of outputs may be least beyond all breakpoints, those of values only next to them
 ROW_ELEMENTS = 2**18  # rows are taken in groups of about this many values: memory is bounded, caches are used
 
@@ -98,7 +102,7 @@ def optimal_scale(
 @any_order()
 def solve_rows(rows: Rows, levels: Tensor) -> OptimalScale:
     """:func:`optimal_scale` on checked float64 rows; the result is ``(rows,)``."""
-    group = max(1, ROW_ELEMENTS // max(1, rows.x.shape[1]))
+    group = max(1, at_once(ROW_ELEMENTS, rows.x) // max(1, rows.x.shape[1]))
     parts = [_solve(rows.take(slice(first, first + group)), levels) for first in range(0, len(rows.x), group)]
     scale, error, lower, upper = (torch.cat(part) for part in zip(*parts, strict=True))
     return OptimalScale(scale, error, levels, lower, upper)
@@ -123,7 +127,10 @@ def _solve(rows: Rows, levels: Tensor) -> tuple[Tensor, ...]:
     bracket = outer_bracket(unit.x, levels)
     if unit.mean is not None:
         bracket = Bracket(bracket.lower / BEYOND, bracket.upper * BEYOND)
-    for mantissa_bits in RESOLUTIONS:
+    short = x.shape[1] <= SHORT
+    if short and total_breakpoints(unit, levels, bracket).sum() > DENSE * x.numel():
+        bracket = scan(unit, levels, bracket)
+    for mantissa_bits in () if short else RESOLUTIONS:
         if total_breakpoints(unit, levels, bracket).sum() < x.numel() // 2 + len(x) * nodes_per_row(mantissa_bits):
             break  # solving is cheaper than narrowing
         nodes = gather(unit, mantissa_bits)

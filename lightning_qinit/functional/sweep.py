@@ -22,10 +22,15 @@ from torch import Tensor
 from lightning_qinit.functional.levels import is_run, thresholds
 
 # Breakpoints sorted at a time: enough to keep vector units busy, few enough to stay in the cache.
-MAX_BREAKPOINTS = 2**19
+MAX_BREAKPOINTS = 2**17
 CHUNK = 2**18
 TIE = 1 - 1e-14  # scores closer than this are equal but for rounding, and the larger step is taken
 INSIDE = 2.0**-22  # how far from a jump a step is kept, relative: in float32 it stays on the same side
+
+
+def at_once(values: int, x: Tensor) -> int:
+    """How many values to take at a time: more on a GPU, which has no cache to fit but waits for every operation."""
+    return 32 * values if x.is_cuda else values
 
 
 class Rows(NamedTuple):
@@ -49,7 +54,7 @@ class Rows(NamedTuple):
 
     def chunks(self) -> "list[Rows]":
         """Parts along the values, small enough to stay in the cache while something is summed over them."""
-        size = max(1, CHUNK // len(self.x))
+        size = max(1, at_once(CHUNK, self.x) // len(self.x))
         ends = range(0, self.x.shape[1], size)
         return [Rows(*(p if p is None else p[:, e : e + size] for p in self)) for e in ends]  # type: ignore[arg-type]
 
@@ -109,8 +114,13 @@ def assign(x: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
 def nearest(x: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
     """The level nearest to ``x / scale``, the upper one of two; ``scale`` is ``(rows, 1)``."""
     if is_run(levels):  # arithmetic instead of a search: several times faster
-        return (x / scale).add_(0.5).floor_().clamp_(levels[0], levels[-1])
+        return (x / scale).add_(0.5).floor_().clamp_(float(levels[0]), float(levels[-1]))
     return levels[assign(x, scale, levels)]
+
+
+def nearest_level(v: Tensor, levels: Tensor) -> Tensor:
+    """The level nearest to each normalized value, found by search."""
+    return levels[torch.bucketize(v, thresholds(levels), right=True)]
 
 
 def squared_error(rows: Rows, levels: Tensor, scale: Tensor) -> Tensor:
@@ -162,11 +172,11 @@ def sweep(rows: Rows, levels: Tensor, bracket: Bracket) -> Pieces:
     point = torch.repeat_interleave(counts.flatten())  # the point that each breakpoint belongs to
     nth = torch.arange(len(point), device=point.device) - (counts.flatten().cumsum(0) - counts.flatten())[point]
     upwards = moves.flatten()[point] > 0
-    old = start.flatten()[point] + torch.where(upwards, nth, -nth)
-    new = old + torch.where(upwards, 1, -1)
-    at = rows.x.flatten()[point] / thresholds(levels)[torch.minimum(old, new)]
-    gain, move = _gain(rows), levels[new] - levels[old]
-    square = levels[new].square() - levels[old].square()
+    sign = torch.where(upwards, 1, -1)
+    below = start.flatten()[point] + nth * sign - torch.where(upwards, 0, 1)  # the lower of the two levels
+    at = rows.x.flatten()[point] / thresholds(levels)[below]
+    gain, move = _gain(rows), levels.diff()[below] * sign
+    square = levels.square().diff()[below] * sign
     parts = [gain.flatten()[point] * move, rows.w.flatten()[point] * square]
     if rows.mean is not None:
         parts.append(rows.mean.flatten()[point] * move)
@@ -256,7 +266,7 @@ def in_parts(
 ) -> tuple[Tensor, ...]:
     """Call ``solve`` on groups of rows with about ``MAX_BREAKPOINTS`` breakpoints each, and join its results."""
     most = max(1, int(total_breakpoints(rows, levels, bracket).max()))
-    group = max(1, MAX_BREAKPOINTS // most)
+    group = max(1, at_once(MAX_BREAKPOINTS, rows.x) // most)
     parts = []
     for first in range(0, len(rows.x), group):
         index = slice(first, first + group)
