@@ -13,7 +13,7 @@ Beyond the grid, steps are excluded by what is clipped and by the dead zone, as 
 import torch
 from torch import Tensor
 
-from lightning_qinit.functional.bracket import SLACK, reach
+from lightning_qinit.functional.bracket import reach
 from lightning_qinit.functional.levels import is_run
 from lightning_qinit.functional.sweep import Bracket, Rows, at_once, nearest_level, squared_error
 
@@ -22,6 +22,8 @@ GAP = 0.25  # by how much the bound may lie below the error at a usual step, rel
 EVERY = 4  # steps between two looks at what is clipped
 FINER = 16  # intervals of a second grid, inside the first hull
 CHUNK = 2**16  # values at a time
+COARSE = 32  # levels up to which errors are so large that float32 tells them apart
+SLACK = {torch.float32: 2.0**-18, torch.float64: 1e-12}  # of the energy, for the rounding of its sums
 
 
 def scan(rows: Rows, levels: Tensor, bracket: Bracket) -> Bracket:
@@ -37,16 +39,17 @@ def scan(rows: Rows, levels: Tensor, bracket: Bracket) -> Bracket:
 
 
 def _scan(rows: Rows, levels: Tensor, bracket: Bracket) -> Bracket:
+    rows = _as(torch.float32 if len(levels) <= COARSE else torch.float64, rows)
     errors = _Errors(rows, levels)
     usual, error = _usual(errors.plain, levels, bracket.upper)
     unit = 2 * (GAP * error / errors.energy).nan_to_num(1.0, 1.0, 1.0).clamp(2.0**-18, 1.0).sqrt() / usual
 
     dead: list[Tensor] = []
-    limit = torch.full_like(usual, torch.inf)
+    limit = torch.full_like(errors.energy, torch.inf)
     for k in (0.125, 0.25, 0.5, *range(1, MOST + 1)):
         errors.add(k * unit)
         if k < 1 or len(dead) == len(errors.step) - 1 and bool((dead[-1] > error).any()):
-            dead.append(torch.where(errors.level == 0, errors.weighted * rows.x, 0.0).sum(1))
+            dead.append(torch.where(errors.level == 0, errors.weighted * rows.x, 0.0).sum(1).double())
         if k % EVERY == 0:
             clipped = errors.clipped()
             if bool((clipped > errors.least()[1]).all()):
@@ -75,9 +78,10 @@ class _Errors:
 
     def __init__(self, rows: Rows, levels: Tensor) -> None:
         self.rows, self.plain = rows, Rows(rows.x, rows.w)
-        self.levels, self.run, self.outer = levels, is_run(levels), (float(levels[0]), float(levels[-1]))
+        self.levels, self.run = levels.to(rows.x.dtype), is_run(levels)
+        self.outer = float(levels[0]), float(levels[-1])
         self.weighted = rows.w * rows.x
-        self.energy = (self.weighted * rows.x).sum(1)
+        self.energy = (self.weighted * rows.x).sum(1).double()
         self.alike = not any(rows.w.stride())  # one weight for all
         self.level = torch.empty_like(rows.x)
         self.sums = None if rows.mean is None else rows.sums(rows.x)
@@ -92,7 +96,8 @@ class _Errors:
 
     def add(self, inverse: Tensor) -> None:
         """The error at the step ``1 / inverse``."""
-        step, level = 1 / inverse, self.level
+        inverse, level = inverse.to(self.rows.x.dtype), self.level
+        step = 1 / inverse.double()
         torch.mul(self.rows.x, inverse[:, None], out=level)
         if self.run:
             level.round_().clamp_(*self.outer)
@@ -102,11 +107,11 @@ class _Errors:
         squares = level * level
         b = squares.sum(1) * self.rows.w[:, 0] if self.alike else squares.mul_(self.rows.w).sum(1)
         self.step.append(step)
-        self.error.append(self.energy - 2 * step * a + step.square() * b)
-        self.b.append(b)
+        self.error.append(self.energy - 2 * step * a.double() + step.square() * b.double())
+        self.b.append(b.double())
         if self.sums is not None:
-            bias = (self.sums - step[:, None] * self.rows.sums(level)).square().sum(1)
-            self.whole.append(self.error[-1] + bias)
+            bias = self.sums.double() - step[:, None] * self.rows.sums(level).double()
+            self.whole.append(self.error[-1] + bias.square().sum(1))
 
     def least(self) -> tuple[Tensor, Tensor]:
         """The step of least error of each row, and the error."""
@@ -117,14 +122,14 @@ class _Errors:
         """An error of each row that none is above at the best step, but for rounding."""
         step, error = self.least()
         if self.whole:  # which jumps between levels that are equally near
-            error = squared_error(self.rows, self.levels, step)
-        return error + SLACK * self.energy
+            error = squared_error(self.rows, self.levels, step.to(self.rows.x.dtype)).double()
+        return error + SLACK[self.rows.x.dtype] * self.energy
 
     def clipped(self) -> Tensor:
         """At the last step, the error of the points beyond the outer levels, which only grows as the step falls."""
-        x, step = self.rows.x, self.step[-1][:, None]
+        x, step = self.rows.x, self.step[-1][:, None].to(self.rows.x.dtype)
         over = (x - step * self.outer[1]).clamp_(min=0).maximum(step * self.outer[0] - x)
-        return over.mul_(over).mul_(self.rows.w).sum(1)
+        return over.mul_(over).mul_(self.rows.w).sum(1).double()
 
     def hull(self, limit: Tensor, end: Tensor) -> Bracket:
         """Of the intervals below ``end`` whose bound is not above the limit."""
@@ -138,8 +143,13 @@ class _Errors:
 
 def _usual(rows: Rows, levels: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """The best of a few steps, and its error: of those that clip little; ``other`` where no level can be of use."""
-    widest = reach(rows.x, levels)
-    steps = torch.where(widest > 0, widest, other) * 2.0 ** -torch.arange(4.0)[:, None].to(other)
-    errors = torch.stack([squared_error(rows, levels, step) for step in steps])
-    error, index = errors.min(0, keepdim=True)
-    return steps.gather(0, index)[0], error[0]
+    widest = reach(rows.x, levels.to(rows.x.dtype))
+    steps = torch.where(widest > 0, widest, other.to(widest)) * 2.0 ** -torch.arange(4.0)[:, None].to(widest)
+    errors = torch.stack([squared_error(rows, levels.to(rows.x.dtype), step) for step in steps])
+    error, index = errors.double().min(0, keepdim=True)
+    return steps.double().gather(0, index)[0], error[0]
+
+
+def _as(dtype: torch.dtype, rows: Rows) -> Rows:
+    w = rows.w.to(dtype) if any(rows.w.stride()) else rows.w[:1, :1].to(dtype).expand_as(rows.w)
+    return rows._replace(x=rows.x.to(dtype), w=w, mean=None if rows.mean is None else rows.mean.to(dtype))
