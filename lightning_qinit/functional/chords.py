@@ -20,8 +20,8 @@ from lightning_qinit.functional.sweep import Bracket, Rows, at_once, nearest_lev
 MOST = 512  # steps of a grid
 GAP = 0.25  # by how much the bound may lie below the error at a usual step, relative
 EVERY = 4  # steps between two looks at what is clipped
-FINER = 16  # intervals of a second grid, inside the first hull
-CHUNK = 2**16  # values at a time
+FINER = 32  # intervals of a second grid, inside the first hull
+CHUNK = 2**17  # values at a time
 COARSE = 32  # levels up to which errors are so large that float32 tells them apart
 SLACK = {torch.float32: 2.0**-18, torch.float64: 1e-12}  # of the energy, for the rounding of its sums
 
