@@ -81,6 +81,32 @@ def unbiased_table(rows: Sequence[Row]) -> str:
     return _against(chosen, "unbiased", (BASE, *OTHERS))
 
 
+def output_table(rows: Sequence[Row]) -> str:
+    """Of weights that start at the least error of the layer's output, less the least error of their own, and rules."""
+    kept = where(rows, lambda s: s["part"] == "test" and s["task"] != "cifar10" and s["quantizer"] in QUANTIZERS)
+    found = cells([row for row in map(_started, kept) if row], "start")
+    lines = []
+    for quantizer in QUANTIZERS:
+        for bits in sorted({cell.setting["bits"] for cell in found}):
+            chosen = [c for c in found if c.setting["quantizer"] == quantizer and c.setting["bits"] == bits]
+            for other in (BASE, *OTHERS):
+                differences = [pooled(chosen, m, "output", other) for m in _compared()]
+                if differences[0] is not None:
+                    texts = [shown(d, m.better) for d, m in zip(differences, _compared(), strict=True)]
+                    lines.append([f"{quantizer}, {bits} bits, {other}", *texts])
+    return markdown(["output less ...", *(m.title for m in _compared())], lines)
+
+
+def _started(row: Row) -> Row | None:
+    """The same with the initializer as ``start``, or the criterion if it is that of outputs; ``None`` for others."""
+    setting, changed = row["setting"], varied(row["setting"])
+    if changed not in ({}, {"criterion": "output"}):
+        return None
+    start = "output" if changed else setting["initializer"]
+    shared = {name: setting[name] for name in ("task", "quantizer", "bits", "seed")}
+    return {"setting": {**shared, "start": start}, "record": row["record"]}
+
+
 def _against(found: Sequence[Cell], first: str = BASE, others: Sequence[str] = OTHERS) -> str:
     """For each width and other initializer, the differences over the cells."""
     lines = []
@@ -220,6 +246,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "norms": norms_table,
     "narrow": narrow_table,
     "unbiased": unbiased_table,
+    "output": output_table,
     "ablations": lambda rows: ablation_table(rows, cifar10=False),
     "cifar10-variants": lambda rows: ablation_table(rows, cifar10=True),
     "tune": tune_table,
