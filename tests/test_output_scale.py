@@ -87,6 +87,7 @@ def test_without_correlation_it_is_the_plain_optimum(axis: int | None) -> None:
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_bracketing_changes_nothing(bits: int, axis: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     x, levels, outputs = torch.randn(3, 12_000 // bits), uniform_levels(bits, True), torch.arange(3)[:, None]
+    monkeypatch.setattr("lightning_qinit.functional.optimal.MANY", 0)
     by_grid = optimal_output_scale(x, levels, 0.4, axis, outputs)
     monkeypatch.setattr("lightning_qinit.functional.optimal.SHORT", 0)
     by_cells = optimal_output_scale(x, levels, 0.4, axis, outputs)

@@ -52,7 +52,7 @@ def _scan(rows: Rows, levels: Tensor, bracket: Bracket) -> Bracket:
             dead.append(torch.where(errors.level == 0, errors.weighted * rows.x, 0.0).sum(1).double())
         if k % EVERY == 0:
             clipped = errors.clipped()
-            if bool((clipped > errors.least()[1]).all()):
+            if bool((clipped > errors.least).all()):
                 limit = errors.reached()
             if bool((clipped > limit).all()):
                 break
@@ -92,7 +92,7 @@ class _Errors:
         self.step: list[Tensor] = []
         self.error: list[Tensor] = []
         self.b: list[Tensor] = []
-        self.whole: list[Tensor] = []  # errors of outputs, where those count
+        self.best, self.least = self.energy, torch.full_like(self.energy, torch.inf)
 
     def add(self, inverse: Tensor) -> None:
         """The error at the step ``1 / inverse``."""
@@ -109,20 +109,18 @@ class _Errors:
         self.step.append(step)
         self.error.append(self.energy - 2 * step * a.double() + step.square() * b.double())
         self.b.append(b.double())
+        error = self.error[-1]
         if self.sums is not None:
             bias = self.sums.double() - step[:, None] * self.rows.sums(level).double()
-            self.whole.append(self.error[-1] + bias.square().sum(1))
-
-    def least(self) -> tuple[Tensor, Tensor]:
-        """The step of least error of each row, and the error."""
-        error, index = torch.stack(self.whole or self.error).min(0, keepdim=True)
-        return torch.stack(self.step).gather(0, index)[0], error[0]
+            error = error + bias.square().sum(1)
+        self.best = torch.where(error < self.least, step, self.best)
+        self.least = torch.minimum(error, self.least)
 
     def reached(self) -> Tensor:
-        """An error of each row that none is above at the best step, but for rounding."""
-        step, error = self.least()
-        if self.whole:  # which jumps between levels that are equally near
-            error = squared_error(self.rows, self.levels, step.to(self.rows.x.dtype)).double()
+        """An error that a step of the grid has, or one of outputs that it has but for levels that are equally near."""
+        error = self.least
+        if self.sums is not None:
+            error = squared_error(self.rows, self.levels, self.best.to(self.rows.x.dtype)).double()
         return error + SLACK[self.rows.x.dtype] * self.energy
 
     def clipped(self) -> Tensor:

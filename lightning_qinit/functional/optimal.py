@@ -23,7 +23,8 @@ from lightning_qinit.functional.sweep import (
 
 RESOLUTIONS = (4, 6, 9, 12)  # mantissa bits of the nodes, each bracket narrower than the one before
 SHORT = 2**14  # values of a row up to which a grid of steps costs less than cells
-DENSE = 1  # breakpoints per value from which that is cheaper than to sort them
+DENSE = 1  # breakpoints per value from which that is cheaper than to sort them,
+MANY = 2**17  # and breakpoints at all, since a grid is hundreds of small operations
 BEYOND = 2.0**40  # errors of outputs may be least beyond all breakpoints, those of values only next to them
 ROW_ELEMENTS = 2**18  # rows are taken in groups of about this many values: memory is bounded, caches are used
 
@@ -128,7 +129,7 @@ def _solve(rows: Rows, levels: Tensor) -> tuple[Tensor, ...]:
     if unit.mean is not None:
         bracket = Bracket(bracket.lower / BEYOND, bracket.upper * BEYOND)
     short = x.shape[1] <= SHORT
-    if short and total_breakpoints(unit, levels, bracket).sum() > DENSE * x.numel():
+    if short and total_breakpoints(unit, levels, bracket).sum() > max(DENSE * x.numel(), MANY):
         bracket = scan(unit, levels, bracket)
     for mantissa_bits in () if short else RESOLUTIONS:
         if total_breakpoints(unit, levels, bracket).sum() < x.numel() // 2 + len(x) * nodes_per_row(mantissa_bits):
