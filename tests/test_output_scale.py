@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -131,18 +133,18 @@ def test_never_above_the_plain_optimum_nor_a_grid_around_it(levels: Tensor, trai
     assert gained > 29  # of 58
 
 
-LAYERS = [
-    (nn.Linear(96, 12), (200, 96)),
-    (nn.Conv2d(16, 8, 3), (4, 16, 9, 9)),
-    (nn.Conv2d(32, 8, 3, groups=2), (4, 32, 9, 9)),
-    (nn.ConvTranspose2d(48, 8, 4, stride=2, groups=2), (4, 48, 9, 9)),
+LAYERS: list[tuple[Callable[[], nn.Module], tuple[int, ...]]] = [
+    (partial(nn.Linear, 96, 12), (200, 96)),
+    (partial(nn.Conv2d, 16, 8, 3), (4, 16, 9, 9)),
+    (partial(nn.Conv2d, 32, 8, 3, groups=2), (4, 32, 9, 9)),
+    (partial(nn.ConvTranspose2d, 48, 8, 4, stride=2, groups=2), (4, 48, 9, 9)),
 ]
 
 
 @pytest.mark.parametrize("per_channel", [True, False])
-@pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=lambda part: type(part).__name__)
-def test_outputs_of_inputs_after_a_relu_are_less_in_error(layer: nn.Module, shape: tuple, per_channel: bool) -> None:
-    x, errors = torch.randn(shape).relu(), []
+@pytest.mark.parametrize(("make", "shape"), LAYERS, ids=["linear", "convolution", "grouped", "transposed"])
+def test_outputs_of_inputs_after_a_relu_are_less_in_error(make: Callable, shape: tuple, per_channel: bool) -> None:
+    layer, x, errors = make(), torch.randn(shape).relu(), []
     for criterion in ("mse", "output"):
         model = nn.Sequential(copy.deepcopy(layer))
         with torch.no_grad():
