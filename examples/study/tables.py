@@ -87,13 +87,8 @@ def output_table(rows: Sequence[Row]) -> str:
     found = cells([row for row in map(_started, kept) if row], "start")
     lines = []
     for quantizer in QUANTIZERS:
-        for bits in sorted({cell.setting["bits"] for cell in found}):
-            chosen = [c for c in found if c.setting["quantizer"] == quantizer and c.setting["bits"] == bits]
-            for other in (BASE, *OTHERS):
-                differences = [pooled(chosen, m, "output", other) for m in _compared()]
-                if differences[0] is not None:
-                    texts = [shown(d, m.better) for d, m in zip(differences, _compared(), strict=True)]
-                    lines.append([f"{quantizer}, {bits} bits, {other}", *texts])
+        chosen = [cell for cell in found if cell.setting["quantizer"] == quantizer]
+        lines += _lines(chosen, "output", (BASE, *OTHERS), f"{quantizer}, ")
     return markdown(["output less ...", *(m.title for m in _compared())], lines)
 
 
@@ -109,14 +104,18 @@ def _started(row: Row) -> Row | None:
 
 def _against(found: Sequence[Cell], first: str = BASE, others: Sequence[str] = OTHERS) -> str:
     """For each width and other initializer, the differences over the cells."""
+    return markdown([f"{first} less ...", *(m.title for m in _compared())], _lines(found, first, others))
+
+
+def _lines(found: Sequence[Cell], first: str, others: Sequence[str], prefix: str = "") -> list[list[str]]:
     lines = []
     for bits in sorted({cell.setting["bits"] for cell in found}):
         chosen = [cell for cell in found if cell.setting["bits"] == bits]
         for other in others:
-            if any(other in cell.runs for cell in chosen):
+            if any(cell.differences(MEASURES["final"], first, other) for cell in chosen):
                 differences = [shown(pooled(chosen, m, first, other), m.better) for m in _compared()]
-                lines.append([f"{bits} bits, {other}", *differences])
-    return markdown([f"{first} less ...", *(m.title for m in _compared())], lines)
+                lines.append([f"{prefix}{bits} bits, {other}", *differences])
+    return lines
 
 
 def _compared() -> list[Measure]:

@@ -13,7 +13,7 @@ Beyond the grid, steps are excluded by what is clipped and by the dead zone, as 
 import torch
 from torch import Tensor
 
-from lightning_qinit.functional.bracket import reach
+from lightning_qinit.functional.bracket import SLACK, reach
 from lightning_qinit.functional.levels import is_run
 from lightning_qinit.functional.sweep import Bracket, Rows, at_once, nearest_level, squared_error
 
@@ -23,7 +23,7 @@ EVERY = 4  # steps between two looks at what is clipped
 FINER = 32  # intervals of a second grid, inside the first hull
 CHUNK = 2**17  # values at a time
 COARSE = 32  # levels up to which errors are so large that float32 tells them apart
-SLACK = {torch.float32: 2.0**-18, torch.float64: 1e-12}  # of the energy, for the rounding of its sums
+ROUNDING = {torch.float32: 2.0**-18, torch.float64: SLACK}  # of sums, relative to the energy
 
 
 def scan(rows: Rows, levels: Tensor, bracket: Bracket) -> Bracket:
@@ -121,7 +121,7 @@ class _Errors:
         error = self.least
         if self.sums is not None:
             error = squared_error(self.rows, self.levels, self.best.to(self.rows.x.dtype)).double()
-        return error + SLACK[self.rows.x.dtype] * self.energy
+        return error + ROUNDING[self.rows.x.dtype] * self.energy
 
     def clipped(self) -> Tensor:
         """At the last step, the error of the points beyond the outer levels, which only grows as the step falls."""

@@ -115,7 +115,7 @@ def nearest(x: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
     """The level nearest to ``x / scale``, the upper one of two; ``scale`` is ``(rows, 1)``."""
     if is_run(levels):  # arithmetic instead of a search: several times faster
         return (x / scale).add_(0.5).floor_().clamp_(float(levels[0]), float(levels[-1]))
-    return levels[assign(x, scale, levels)]
+    return nearest_level(x / scale, levels)
 
 
 def nearest_level(v: Tensor, levels: Tensor) -> Tensor:
@@ -288,15 +288,22 @@ def _best(rows: Rows, levels: Tensor, bracket: Bracket) -> tuple[Tensor, Tensor]
         rows = condense(rows, levels, bracket)
         _, moves = count_breakpoints(rows, levels, bracket)
         if int(moves.abs().sum()) > 4 * MAX_BREAKPOINTS:  # one huge row: halve the bracket, so memory is bounded
-            middle = (bracket.lower * bracket.upper).sqrt()
-            if bool((bracket.lower < middle) & (middle < bracket.upper)):
-                high = _best(rows, levels, Bracket(middle, bracket.upper))
-                low = _best(rows, levels, Bracket(bracket.lower, middle))
+            if halves := _halves(bracket):
+                high, low = (_best(rows, levels, half) for half in halves)
                 return low if bool(low[1] * TIE > high[1]) else high
     pieces = sweep(rows, levels, bracket)
     score = torch.where((pieces.a > 0) & (pieces.b > 0), pieces.a.square() / pieces.b, 0.0)
     index = (score >= score.amax(1, keepdim=True) * TIE).int().argmax(1, keepdim=True)
     return (pieces.a.gather(1, index) / pieces.b.gather(1, index))[:, 0], score.gather(1, index)[:, 0]
+
+
+def _halves(bracket: Bracket) -> tuple[Bracket, Bracket] | None:
+    """The upper and the lower half of one row's bracket; ``None`` where no number lies between its ends."""
+    lower, upper = bracket
+    middle = (lower * upper).sqrt()
+    if not bool((lower < middle) & (middle < upper)):
+        return None
+    return Bracket(middle, upper), Bracket(lower, middle)
 
 
 def least_in(rows: Rows, levels: Tensor, bracket: Bracket) -> tuple[Tensor, ...]:
@@ -312,10 +319,8 @@ def least_in(rows: Rows, levels: Tensor, bracket: Bracket) -> tuple[Tensor, ...]
 
 def _least(rows: Rows, levels: Tensor, bracket: Bracket) -> tuple[Tensor, Tensor]:
     if len(rows.x) == 1 and int(total_breakpoints(rows, levels, bracket)) > 4 * MAX_BREAKPOINTS:
-        middle = (bracket.lower * bracket.upper).sqrt()  # as in `_best`
-        if bool((bracket.lower < middle) & (middle < bracket.upper)):
-            high = _least(rows, levels, Bracket(middle, bracket.upper))
-            low = _least(rows, levels, Bracket(bracket.lower, middle))
+        if halves := _halves(bracket):  # as in `_best`
+            high, low = (_least(rows, levels, half) for half in halves)
             return low if bool(low[1] < high[1] * TIE) else high
     pieces = sweep(rows, levels, bracket)
     step, error = pieces.minima(rows.energy(), INSIDE)

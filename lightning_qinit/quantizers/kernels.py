@@ -210,7 +210,7 @@ def _written(device: torch.device) -> ModuleType | Exception:
         gpu.check(device)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:
+    except Exception as error:  # whatever it is, the chain of operations computes the same
         log.info("Quantizers do without Triton, which fails here: %s", error)
         return error
     return gpu
