@@ -92,9 +92,8 @@ values = st.floats(-100, 100, allow_nan=False, width=32)
 )
 def test_matches_brute_force_on_anything(x: list[float], weights: list[float], levels: set[int]) -> None:
     level_set = torch.tensor(sorted(levels | {0, 1}), dtype=torch.float64)
-    for dense, many in ((optimal.DENSE, optimal.MANY), (-1, -1)):  # few are sorted at once; on a grid of steps first
+    for many in (optimal.MANY, -1):  # few are sorted at once; on a grid of steps first
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(optimal, "DENSE", dense)
             patch.setattr(optimal, "MANY", many)
             assert_optimal(torch.tensor(x), level_set, torch.tensor(weights[: len(x)]))
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_qinit.functional.sweep import Bracket, Rows, in_parts, nearest, squared_error, sweep
+from lightning_qinit.functional.sweep import Bracket, Counted, Rows, in_parts, nearest, squared_error, sweep
 
 OCTAVES = 16  # cells span the largest value of a row down to 2^-16 of it; all smaller values share the first cell
 GRID = 2.0 ** -torch.linspace(-1, 5, 24, dtype=torch.float64)  # tried relative to the step that just clips nothing
@@ -103,8 +103,8 @@ def coarse(nodes: Nodes, rows: Rows, levels: Tensor, bracket: Bracket) -> Bracke
 def fine(nodes: Nodes, rows: Rows, levels: Tensor, bracket: Bracket) -> Bracket:
     """Narrow a bracket to the hull of all steps that the nodes cannot exclude."""
 
-    def solve(part: Rows, bracket: Bracket, index: slice) -> tuple[Tensor, ...]:
-        pieces = sweep(part, levels, bracket)
+    def solve(part: Rows, bracket: Bracket, counted: Counted | None, index: slice) -> tuple[Tensor, ...]:
+        pieces = sweep(part, levels, bracket, counted)
         step, error = pieces.minima((part.w * part.x.square()).sum(1))
         best = step.gather(1, error.argmin(1, keepdim=True))[:, 0]
         best = error_reached(rows.take(index), levels, best)

@@ -12,6 +12,7 @@ from lightning_qinit.functional.levels import check_levels
 from lightning_qinit.functional.sweep import (
     Bracket,
     Rows,
+    alike,
     at_once,
     best_in,
     least_in,
@@ -23,8 +24,7 @@ from lightning_qinit.functional.sweep import (
 
 RESOLUTIONS = (4, 6, 9, 12)  # mantissa bits of the nodes, each bracket narrower than the one before
 SHORT = 2**14  # values of a row up to which a grid of steps costs less than cells
-DENSE = 1  # breakpoints per value from which that is cheaper than to sort them,
-MANY = 2**17  # and breakpoints at all, since a grid is hundreds of small operations
+MANY = 2**17  # breakpoints from which that is cheaper than to sort them, since it is hundreds of small operations
 BEYOND = 2.0**40  # errors of outputs may be least beyond all breakpoints, those of values only next to them
 ROW_ELEMENTS = 2**18  # rows are taken in groups of about this many values: memory is bounded, caches are used
 
@@ -119,17 +119,18 @@ def to_rows(x: Tensor, channel_axis: int | None) -> Tensor:
 
 def _solve(rows: Rows, levels: Tensor) -> tuple[Tensor, ...]:
     """Solve rows of values; returns scale, error, and the bracket, each ``(rows,)``."""
-    x, w = rows.x, rows.w
+    x = rows.x if alike(rows.w) else torch.where(rows.w > 0, rows.x, 0.0)
     if x.numel() == 0:
         one = x.new_ones(len(x))
         return one, 0 * one, 0 * one, one / 0
-    exponent = torch.frexp(torch.where(w > 0, x, 0.0).abs().amax(1)).exponent
+    low, high = x.aminmax(dim=1)
+    exponent = torch.frexp(torch.maximum(-low, high)).exponent
     unit = rows._replace(x=torch.ldexp(x, -exponent[:, None]))  # exact, and keeps every square in range
     bracket = outer_bracket(unit.x, levels)
     if unit.mean is not None:
         bracket = Bracket(bracket.lower / BEYOND, bracket.upper * BEYOND)
     short = x.shape[1] <= SHORT
-    if short and total_breakpoints(unit, levels, bracket).sum() > max(DENSE * x.numel(), MANY):
+    if short and x.numel() * (len(levels) - 1) > MANY:
         bracket = scan(unit, levels, bracket)
     for mantissa_bits in () if short else RESOLUTIONS:
         if total_breakpoints(unit, levels, bracket).sum() < x.numel() // 2 + len(x) * nodes_per_row(mantissa_bits):

@@ -28,6 +28,11 @@ TIE = 1 - 1e-14  # scores closer than this are equal but for rounding, and the l
 INSIDE = 2.0**-22  # how far from a jump a step is kept, relative: in float32 it stays on the same side
 
 
+def alike(w: Tensor) -> bool:
+    """Whether all weights are one number, expanded."""
+    return not any(w.stride())
+
+
 def at_once(values: int, x: Tensor) -> int:
     """How many values to take at a time: more on a GPU, which has no cache to fit but waits for every operation."""
     return 32 * values if x.is_cuda else values
@@ -80,6 +85,18 @@ class Bracket(NamedTuple):
     upper: Tensor
 
 
+class Counted(NamedTuple):
+    """The breakpoints of every point inside a bracket; ``(rows, n)``, whole numbers of any type.
+
+    Attributes:
+        start: index of the level at the upper end.
+        moves: by how many levels it has moved at the lower end.
+    """
+
+    start: Tensor
+    moves: Tensor
+
+
 class Pieces(NamedTuple):
     """The pieces of ``f`` inside a bracket, from the largest step down; each tensor is ``(rows, pieces)``."""
 
@@ -105,9 +122,16 @@ class Pieces(NamedTuple):
 
 def assign(x: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
     """Index of the level nearest to ``x / scale``; ``scale`` is ``(rows, 1)``."""
+    index = _index(x, scale, levels)
+    if index.is_floating_point():  # NaN is past every threshold, as in the search
+        index = index.nan_to_num_(len(levels) - 1).to(torch.int64)
+    return index
+
+
+def _index(x: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
+    """:func:`assign` in the type that it is found in."""
     if is_run(levels):
-        index = nearest(x, scale, levels).sub_(levels[0])
-        return index.nan_to_num_(len(levels) - 1).to(torch.int64)  # NaN is past every threshold, as in the search
+        return nearest(x, scale, levels).sub_(levels[0])
     return torch.bucketize(x / scale, thresholds(levels), right=True)
 
 
@@ -148,32 +172,35 @@ def outer_bracket(x: Tensor, levels: Tensor) -> Bracket:
     return Bracket(smallest / t.max() / 2, largest / t.min() * 2)
 
 
-def count_breakpoints(rows: Rows, levels: Tensor, bracket: Bracket) -> tuple[Tensor, Tensor]:
-    """The level index of each point at the upper end, and its breakpoints inside the bracket (signed)."""
-    start = assign(rows.x, bracket.upper[:, None], levels)
-    moves = assign(rows.x, bracket.lower[:, None], levels) - start
-    return start, torch.where(rows.w > 0, moves, 0)
+def count_breakpoints(rows: Rows, levels: Tensor, bracket: Bracket) -> Counted:
+    """The level of each point at the upper end, and its breakpoints inside the bracket."""
+    start = _index(rows.x, bracket.upper[:, None], levels)
+    moves = _index(rows.x, bracket.lower[:, None], levels).sub_(start)
+    return Counted(start, moves if alike(rows.w) else torch.where(rows.w > 0, moves, 0))
 
 
 def total_breakpoints(rows: Rows, levels: Tensor, bracket: Bracket) -> Tensor:
     """The number of breakpoints of each row inside the bracket."""
     total = torch.zeros(len(rows.x), dtype=torch.int64, device=rows.x.device)
     for part in rows.chunks():
-        total += count_breakpoints(part, levels, bracket)[1].abs().sum(1)
+        total += count_breakpoints(part, levels, bracket).moves.abs_().sum(1).to(total)
     return total
 
 
-def sweep(rows: Rows, levels: Tensor, bracket: Bracket) -> Pieces:
+def sweep(rows: Rows, levels: Tensor, bracket: Bracket, counted: Counted | None = None) -> Pieces:
     """Follow ``f`` down the bracket: one sort and two cumulative sums."""
-    start, moves = count_breakpoints(rows, levels, bracket)
-    counts = moves.abs()
-    total = counts.sum(1)
+    start, moves = counted or count_breakpoints(rows, levels, bracket)
+    moved = moves.flatten().nonzero()[:, 0]
+    counts = moves.flatten()[moved].abs().to(torch.int64)
+    which = torch.repeat_interleave(counts)  # of those that moved, the one that each breakpoint belongs to
+    nth = torch.arange(len(which), device=which.device) - (counts.cumsum(0) - counts)[which]
+    point = moved[which]
+    row = point // rows.x.shape[1]
+    total = torch.bincount(row, minlength=len(rows.x))
     width = int(total.max())
-    point = torch.repeat_interleave(counts.flatten())  # the point that each breakpoint belongs to
-    nth = torch.arange(len(point), device=point.device) - (counts.flatten().cumsum(0) - counts.flatten())[point]
     upwards = moves.flatten()[point] > 0
     sign = torch.where(upwards, 1, -1)
-    below = start.flatten()[point] + nth * sign - torch.where(upwards, 0, 1)  # the lower of the two levels
+    below = start.flatten()[point].to(torch.int64) + nth * sign - torch.where(upwards, 0, 1)  # the lower of two levels
     at = rows.x.flatten()[point] / thresholds(levels)[below]
     gain, move = _gain(rows), levels.diff()[below] * sign
     square = levels.square().diff()[below] * sign
@@ -185,14 +212,13 @@ def sweep(rows: Rows, levels: Tensor, bracket: Bracket) -> Pieces:
     delta = torch.stack(parts)
 
     if len(rows.x) > 1:  # one line per row; shorter ones are padded at the end
-        row = point // rows.x.shape[1]
         place = row * width + torch.arange(len(point), device=point.device) - (total.cumsum(0) - total)[row]
         at = at.new_full((len(total) * width,), -torch.inf).index_copy_(0, place, at)
         delta = delta.new_zeros((len(delta), len(total) * width)).index_copy_(1, place, delta)
     at, order = at.view(len(total), width).sort(dim=1, descending=True)
     at = at.clamp(bracket.lower[:, None], bracket.upper[:, None])
 
-    level = levels[start]
+    level = start + levels[0] if start.is_floating_point() else levels[start]  # of a run, or of any levels
     initial = torch.stack(((gain * level).sum(1), (rows.w * level.square()).sum(1)))
     delta = delta.view(len(delta), len(total), width).gather(2, order.expand(len(delta), -1, -1))
     a, b = torch.cat((initial[:, :, None], delta[:2]), dim=2).cumsum(2)
@@ -245,10 +271,10 @@ def condense(row: Rows, levels: Tensor, bracket: Bracket) -> Rows:
     moving = []
     for part in row.chunks():
         start, moves = count_breakpoints(part, levels, bracket)
-        x, w, still = part.x[0], part.w[0], moves[0] == 0
+        x, w, level, still = part.x[0], part.w[0], start[0].to(torch.int64), moves[0] == 0
         weight = torch.where(still, w, 0.0)
-        total[0] += torch.bincount(start[0], weight, len(levels))
-        total[1] += torch.bincount(start[0], weight * x, len(levels))
+        total[0] += torch.bincount(level, weight, len(levels))
+        total[1] += torch.bincount(level, weight * x, len(levels))
         values, index = x[~still].unique(return_inverse=True)
         moving.append((values, torch.bincount(index, w[~still], len(values))))
     values, index = torch.cat([x for x, _ in moving]).unique(return_inverse=True)
@@ -259,19 +285,22 @@ def condense(row: Rows, levels: Tensor, bracket: Bracket) -> Rows:
 
 
 def in_parts(
-    solve: Callable[[Rows, Bracket, slice], tuple[Tensor, ...]],
+    solve: Callable[[Rows, Bracket, Counted | None, slice], tuple[Tensor, ...]],
     rows: Rows,
     levels: Tensor,
     bracket: Bracket,
 ) -> tuple[Tensor, ...]:
     """Call ``solve`` on groups of rows with about ``MAX_BREAKPOINTS`` breakpoints each, and join its results."""
-    most = max(1, int(total_breakpoints(rows, levels, bracket).max()))
+    if len(rows.x) == 1:  # which may be too long to count all at once
+        return solve(rows, bracket, None, slice(None))
+    start, moves = count_breakpoints(rows, levels, bracket)
+    most = max(1, int(moves.abs().sum(1).max()))
     group = max(1, at_once(MAX_BREAKPOINTS, rows.x) // most)
     parts = []
     for first in range(0, len(rows.x), group):
         index = slice(first, first + group)
         part = Bracket(bracket.lower[index], bracket.upper[index])
-        parts.append(solve(rows.take(index), part, index))
+        parts.append(solve(rows.take(index), part, Counted(start[index], moves[index]), index))
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
@@ -280,18 +309,18 @@ def best_in(rows: Rows, levels: Tensor, bracket: Bracket) -> tuple[Tensor, ...]:
 
     ``S - A^2/B`` is the least error of that assignment; the first of equals wins, which is the larger step.
     """
-    return in_parts(lambda rows, bracket, _: _best(rows, levels, bracket), rows, levels, bracket)
+    return in_parts(lambda rows, bracket, counted, _: _best(rows, levels, bracket, counted), rows, levels, bracket)
 
 
-def _best(rows: Rows, levels: Tensor, bracket: Bracket) -> tuple[Tensor, Tensor]:
+def _best(rows: Rows, levels: Tensor, bracket: Bracket, counted: Counted | None) -> tuple[Tensor, Tensor]:
     if len(rows.x) == 1:
         rows = condense(rows, levels, bracket)
-        _, moves = count_breakpoints(rows, levels, bracket)
-        if int(moves.abs().sum()) > 4 * MAX_BREAKPOINTS:  # one huge row: halve the bracket, so memory is bounded
+        counted = count_breakpoints(rows, levels, bracket)
+        if int(counted.moves.abs().sum()) > 4 * MAX_BREAKPOINTS:  # one huge row: halve the bracket, so memory is bounded
             if halves := _halves(bracket):
-                high, low = (_best(rows, levels, half) for half in halves)
+                high, low = (_best(rows, levels, half, None) for half in halves)
                 return low if bool(low[1] * TIE > high[1]) else high
-    pieces = sweep(rows, levels, bracket)
+    pieces = sweep(rows, levels, bracket, counted)
     score = torch.where((pieces.a > 0) & (pieces.b > 0), pieces.a.square() / pieces.b, 0.0)
     index = (score >= score.amax(1, keepdim=True) * TIE).int().argmax(1, keepdim=True)
     return (pieces.a.gather(1, index) / pieces.b.gather(1, index))[:, 0], score.gather(1, index)[:, 0]
@@ -314,15 +343,15 @@ def least_in(rows: Rows, levels: Tensor, bracket: Bracket) -> tuple[Tensor, ...]
     float32, which may carry it into another piece: among millions of values that changes little, where many share a
     breakpoint but for rounding (weights on a grid) it changes all. Of equals the larger step is taken.
     """
-    return in_parts(lambda rows, bracket, _: _least(rows, levels, bracket), rows, levels, bracket)
+    return in_parts(lambda rows, bracket, counted, _: _least(rows, levels, bracket, counted), rows, levels, bracket)
 
 
-def _least(rows: Rows, levels: Tensor, bracket: Bracket) -> tuple[Tensor, Tensor]:
+def _least(rows: Rows, levels: Tensor, bracket: Bracket, counted: Counted | None) -> tuple[Tensor, Tensor]:
     if len(rows.x) == 1 and int(total_breakpoints(rows, levels, bracket)) > 4 * MAX_BREAKPOINTS:
         if halves := _halves(bracket):  # as in `_best`
-            high, low = (_least(rows, levels, half) for half in halves)
+            high, low = (_least(rows, levels, half, None) for half in halves)
             return low if bool(low[1] < high[1] * TIE) else high
-    pieces = sweep(rows, levels, bracket)
+    pieces = sweep(rows, levels, bracket, counted)
     step, error = pieces.minima(rows.energy(), INSIDE)
     length = pieces.upper - pieces.lower
     best, least = bracket.upper, torch.full_like(bracket.upper, torch.inf)
