@@ -107,10 +107,15 @@ def test_a_grid_of_steps_never_excludes_the_best(seed: int, bits: int, count: in
     rows, levels = Rows(x, w), uniform_levels(bits, signed=True)
     bracket = outer_bracket(x, levels)
     step, score = best_in(rows, levels, bracket)
-    narrowed = scan(rows, levels, bracket)
-    assert (narrowed.lower >= bracket.lower).all() and (narrowed.upper <= bracket.upper).all()
-    assert torch.allclose(best_in(rows, levels, narrowed)[1], score, rtol=1e-12)
-    assert ((narrowed.lower <= step * (1 + 1e-9)) & (step <= narrowed.upper * (1 + 1e-9))).all()
+    row, narrowed = scan(rows, levels, bracket)
+    assert sorted(row.unique().tolist()) == [0, 1, 2] and (row.diff() >= 0).all()
+    assert (narrowed.lower >= bracket.lower[row]).all() and (narrowed.upper <= bracket.upper[row]).all()
+    assert (narrowed.upper[1:] < narrowed.lower[:-1])[row.diff() == 0].all()  # apart, from the largest step down
+    found = best_in(rows.take(row), levels, narrowed)[1]
+    for i in range(3):
+        assert torch.isclose(found[row == i].max(), score[i], rtol=1e-12)
+    inside = (narrowed.lower <= step[row] * (1 + 1e-9)) & (step[row] <= narrowed.upper * (1 + 1e-9))
+    assert row[inside].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])

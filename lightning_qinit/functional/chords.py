@@ -1,4 +1,4 @@
-"""A bracket for rows of few values, from a grid of steps.
+"""Brackets for rows of few values, from a grid of steps.
 
 The error is a minimum of parabolas in the step, ``S - 2 s A + s^2 B`` one for each assignment of points to levels (see
 :mod:`~lightning_qinit.functional.sweep`), and ``B = sum w c^2`` only grows as ``s`` falls. So on an interval
@@ -8,48 +8,66 @@ that chord and the parabola, with ``d = |f(hi) - f(lo)|`` and ``C = B(lo) (hi - 
     f(s) >= min(f(lo), f(hi)) - max(C - d, 0)^2 / (4 C).
 
 By the triangle inequality ``sqrt(B) s <= sqrt(S) + sqrt(f(s))``, so that errors are all that has to be computed.
+Intervals that this does not exclude are split, and those that remain in the end are the brackets.
 
 Beyond the grid, steps are excluded by what is clipped and by the dead zone, as in
 :mod:`~lightning_qinit.functional.bracket`.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from lightning_qinit.functional.bracket import SLACK, reach
+from lightning_qinit.functional.bracket import reach
 from lightning_qinit.functional.levels import is_run
 from lightning_qinit.functional.sweep import Bracket, Rows, alike, at_once, nearest_level, squared_error
 
-FIRST = (2.0, 1.0, 0.5, 0.25, 0.125)  # where the first grid may begin, in its units of the inverse step
+FIRST = (2.0, 1.0, 0.5, 0.25, 0.125)  # where the grid may begin, in its units of the inverse step
 MOST = 512  # where it ends
 GAP = 0.25  # by how much its bound may lie below the error at a usual step, relative
 EVERY = 4  # steps between two looks at what is clipped
-FINER = (10, 10, 8)  # intervals of the grids that follow, each inside the hull before it
+PARTS = 4  # that an interval is split into
+SPLITS = 4  # how often at most
+NARROW = 0.5  # how wide all intervals of a row may be, relative to the step and times levels: as many breakpoints, about
+BRACKETS = 16  # of a row at most; one around all if there were more
 GLANCE = 128  # values of a row that a usual step is guessed from
 CHUNK = 2**17  # values at a time
-COARSE = 32  # levels up to which errors are so large that float32 tells them apart
-# Of errors: relative, by sums of up to 2^14 squares; and relative to the energy, by the rounding of the values.
-ROUNDING = {torch.float32: (2.0**-11, 2.0**-33), torch.float64: (SLACK, SLACK)}
 
 
-def scan(rows: Rows, levels: Tensor, bracket: Bracket) -> Bracket:
-    """Narrow a bracket to the hull of all steps that a grid cannot exclude.
+class Grid(NamedTuple):
+    """Errors at falling steps, ``(steps, n)``: squared errors of the values, and those of outputs if they are asked."""
+
+    step: Tensor
+    square: Tensor
+    error: Tensor
+
+
+def scan(rows: Rows, levels: Tensor, bracket: Bracket) -> tuple[Tensor, Bracket]:
+    """Find brackets, one or several for each row, outside of which no step is the best.
 
     Where nothing is clipped the error grows about with ``s^2``, and so may the gap below the chord: a grid that is even
     in ``1 / s`` has one that does.
+
+    Returns:
+        The row that each bracket belongs to, in order, and the brackets: those of a row from the largest step down.
     """
     group = max(1, at_once(CHUNK, rows.x) // rows.x.shape[1])
-    cut = [slice(first, first + group) for first in range(0, len(rows.x), group)]
-    parts = [_scan(rows.take(index), levels, Bracket(*(end[index] for end in bracket))) for index in cut]
-    return Bracket(*(torch.cat(ends) for ends in zip(*parts, strict=True)))
+    found = []
+    for first in range(0, len(rows.x), group):
+        index = slice(first, first + group)
+        row, (lower, upper) = _scan(rows.take(index), levels, Bracket(*(end[index] for end in bracket)))
+        found.append((row + first, lower, upper))
+    row, lower, upper = (torch.cat(part) for part in zip(*found, strict=True))
+    return row, Bracket(lower, upper)
 
 
-def _scan(rows: Rows, levels: Tensor, bracket: Bracket) -> Bracket:
-    rows = _as(torch.float32 if len(levels) <= COARSE else torch.float64, rows)
+def _scan(rows: Rows, levels: Tensor, bracket: Bracket) -> tuple[Tensor, Bracket]:
     errors = _Errors(rows, levels)
-    usual = _usual(rows, levels, bracket.upper)
-    errors.add([1 / usual])
-    limit, share = errors.reached(), (errors.square[0] / errors.energy).nan_to_num(1.0)
+    usual = _usual(errors.rows, errors.levels, bracket.upper)
+    grid = errors.at((1 / usual)[None])
+    limit = errors.reached(grid.step[0], grid.error[0])
+    share = (grid.square[0] / errors.energy).nan_to_num(1.0)
     unit = 2 * (GAP * share).clamp(2.0**-18, 1.0).sqrt() / usual
 
     dead = []
@@ -57,118 +75,149 @@ def _scan(rows: Rows, levels: Tensor, bracket: Bracket) -> Bracket:
         dead.append(errors.dead(k * unit))
         if bool((dead[-1] > limit).all()):
             break
-    errors.forget()
-    errors.add([k * unit for k in FIRST[: len(dead)][::-1]])
+    grid = errors.at(torch.stack([k * unit for k in FIRST[: len(dead)][::-1]]))
     for k in range(3, MOST, EVERY):
-        errors.add([(k + i) * unit for i in range(EVERY)])
-        clipped = errors.clipped()
-        if bool((clipped > errors.error.amin(0)).all()) and bool((clipped > errors.reached()).all()):
+        more = errors.at(torch.stack([(k + i) * unit for i in range(EVERY)]))
+        grid = Grid(*(torch.cat(pair) for pair in zip(grid, more, strict=True)))
+        clipped = errors.clipped(grid.step[-1])
+        if bool((clipped > grid.error.amin(0)).all()):
+            least, index = grid.error.min(0, keepdim=True)
+            limit = torch.minimum(limit, errors.reached(grid.step.gather(0, index)[0], least[0]))
+            if bool((clipped > limit).all()):
+                break
+    end = torch.where(torch.stack(dead[::-1]) > limit, grid.step[: len(dead)], torch.inf).amin(0)
+    beyond = end.isinf().nonzero()[:, 0], (~(clipped > limit)).nonzero()[:, 0]
+    ends = [(beyond[0], grid.step[0], bracket.upper), (beyond[1], bracket.lower, grid.step[-1])]
+
+    row = torch.arange(len(usual), device=usual.device)
+    row, grid = _possible(row, grid, errors.energy, limit, end)
+    for _ in range(SPLITS):
+        if float((grid.step[0] / grid.step[1] - 1).sum()) * len(levels) < NARROW * len(usual):
             break
-    limit = torch.minimum(limit, errors.reached())
-    end = torch.where(torch.stack(dead[::-1]) > limit, errors.step[: len(dead)], torch.inf).amin(0)
-    hull = errors.hull(limit, end)
-    bracket = Bracket(
-        torch.maximum(bracket.lower, torch.where(errors.clipped() > limit, hull.lower, 0.0)),
-        torch.minimum(bracket.upper, torch.where(end.isfinite(), hull.upper, torch.inf)),
-    )
-    for intervals in FINER:
-        errors.forget()
-        first, last = 1 / bracket.upper, 1 / bracket.lower
-        errors.add([first + (last - first) * (k / intervals) for k in range(intervals + 1)])
-        limit = torch.minimum(limit, errors.reached())
-        hull = errors.hull(limit, bracket.upper)
-        bracket = Bracket(torch.maximum(bracket.lower, hull.lower), torch.minimum(bracket.upper, hull.upper))
-    return bracket
+        first, last = 1 / grid.step
+        inner = errors.at(torch.stack([first + (last - first) * (i / PARTS) for i in range(1, PARTS)]), row)
+        limit = torch.minimum(limit, _least(errors, row, inner))
+        grid = Grid(*(torch.cat((a[:1], b, a[1:])) for a, b in zip(grid, inner, strict=True)))
+        row, grid = _possible(row, grid, errors.energy, limit, end)
+    pieces = [(row, grid.step[1], grid.step[0]), *((row, low[row], high[row]) for row, low, high in ends)]
+    row, lower, upper = (torch.cat(part) for part in zip(*pieces, strict=True))
+    return _joined(row, Bracket(lower, upper), bracket, len(levels))
+
+
+def _possible(row: Tensor, grid: Grid, energy: Tensor, limit: Tensor, end: Tensor) -> tuple[Tensor, Grid]:
+    """The intervals of the grids whose bound is not above the limit, each as a grid of two steps, and their rows."""
+    (high, low), size = (grid.square[:-1], grid.square[1:]), (grid.step[:-1] / grid.step[1:] - 1).square()
+    c = (energy[row].sqrt() + low.sqrt()).square() * size
+    dip = (c - (high - low).abs()).clamp(min=0).square() / (4 * c).clamp(min=torch.finfo(c.dtype).tiny)
+    excluded = (torch.minimum(high, low) - dip > limit[row]) | (grid.step[1:] >= end[row])
+    column, k = (~excluded).t().nonzero(as_tuple=True)
+    return row[column], Grid(*(torch.stack((part[k, column], part[k + 1, column])) for part in grid))
+
+
+def _least(errors: "_Errors", row: Tensor, grid: Grid) -> Tensor:
+    """The least error reached by each row on the grids of its intervals."""
+    error, index = grid.error.min(0, keepdim=True)
+    step = grid.step.gather(0, index)[0]
+    least = torch.full_like(errors.energy, torch.inf).scatter_reduce_(0, row, error[0], "amin")
+    best = torch.where(error[0] == least[row], step, 0.0)
+    best = torch.zeros_like(least).scatter_reduce_(0, row, best, "amax")
+    return torch.where(best > 0, errors.reached(torch.where(best > 0, best, 1.0), least), torch.inf)
+
+
+def _joined(row: Tensor, found: Bracket, within: Bracket, levels: int) -> tuple[Tensor, Bracket]:
+    """Intervals in order, joined where they touch or nearly so: to sweep a little more is cheaper than once more."""
+    order = found.upper.argsort(descending=True, stable=True)
+    order = order[row[order].argsort(stable=True)]
+    row, lower, upper = row[order], found.lower[order], found.upper[order]
+    other = torch.ones_like(row, dtype=torch.bool)
+    other[1:] = row[1:] != row[:-1]
+    apart = other.clone()
+    apart[1:] |= upper[1:] < lower[:-1] * (1 - 1 / (3 * levels))
+    counts = torch.zeros_like(within.lower).index_add_(0, row, apart.to(within.lower))
+    index = (torch.where(counts[row] > BRACKETS, other, apart)).cumsum(0) - 1
+    count = int(index[-1]) + 1
+    row = torch.zeros(count, dtype=row.dtype, device=row.device).scatter_(0, index, row)
+    lower = torch.full((count,), torch.inf).to(lower).scatter_reduce_(0, index, lower, "amin")
+    upper = torch.zeros(count).to(upper).scatter_reduce_(0, index, upper, "amax")
+    upper = torch.minimum(upper, within.upper[row])
+    return row, Bracket(torch.maximum(lower, within.lower[row]).minimum(upper), upper)
 
 
 class _Errors:
-    """Errors at a grid of falling steps; ``(steps, rows)``, one grid after another."""
+    """Errors of rows, in float32."""
 
     def __init__(self, rows: Rows, levels: Tensor) -> None:
-        self.rows = rows
-        self.levels, self.run = levels.to(rows.x.dtype), is_run(levels)
+        w = rows.w[:1, :1].float().expand_as(rows.w) if alike(rows.w) else rows.w.float()
+        self.rows = Rows(rows.x.float(), w, None if rows.mean is None else rows.mean.float(), rows.output)
+        self.levels, self.run = levels.float(), is_run(levels)
         self.outer = float(levels[0]), float(levels[-1])
-        self.root = None if alike(rows.w) else rows.w.sqrt()
-        self.level, self.rest = torch.empty_like(rows.x), torch.empty_like(rows.x)
-        self.energy = self._squares([self._norm(rows.x.clone())])[0]
-        self.forget()
+        self.energy = self._sum(self.rows, self.rows.x.square())
+        # Of errors, relative: of long sums, and of levels that are as near but for rounding; and of the energy: of
+        # values, in products with errors.
+        fineness = float(levels.abs().max() / levels.diff().min())
+        self.rounding = 2.0**-17 + fineness * 2.0**-19
+        self.small = 2.0**-45 / self.rounding
 
-    def forget(self) -> None:
-        """Begin another grid."""
-        self.step = self.square = self.error = self.energy.new_empty((0, len(self.energy)))
-
-    def add(self, inverses: list[Tensor]) -> None:
-        """The errors at the steps ``1 / inverses``."""
-        x, rest = self.rows.x, self.rest
-        inverse = torch.stack(inverses).to(x.dtype)[:, :, None]
+    def at(self, inverse: Tensor, row: Tensor | None = None) -> Grid:
+        """Errors at the steps ``1 / inverse``, ``(steps, n)``: for each row, or for each of the given ones."""
+        inverse = inverse.float()
         step = inverse.reciprocal()
-        norms, biases = [], []
+        group = max(1, at_once(CHUNK, self.rows.x) // self.rows.x.shape[1])
+        parts = []
+        for first in range(0, inverse.shape[1], group):
+            index = slice(first, first + group)
+            rows = self.rows if row is None else self.rows.take(row[index])
+            parts.append(self._at(rows, inverse[:, index, None], step[:, index, None]))
+        square, error = (torch.cat(part, 1) for part in zip(*parts, strict=True)) if parts else (step, step)
+        return Grid(step.double(), square.double(), error.double())
+
+    def _at(self, rows: Rows, inverse: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        level, rest = torch.empty_like(rows.x), torch.empty_like(rows.x)
+        squares, biases = [], []
         for i in range(len(step)):
-            torch.addcmul(x, self._round(inverse[i]), step[i], value=-1, out=rest)
-            if self.rows.mean is not None:
-                biases.append(self.rows.sums(rest).double().square().sum(1))
-            norms.append(self._norm(rest))
-        square = self._squares(norms)
-        self.step = torch.cat((self.step, step[:, :, 0].double()))
-        self.square = torch.cat((self.square, square))
-        self.error = torch.cat((self.error, square + torch.stack(biases) if biases else square))
+            self._round(rows.x, inverse[i], level)
+            torch.addcmul(rows.x, level, step[i], value=-1, out=rest)
+            if rows.mean is not None:
+                biases.append(rows.sums(rest).square().sum(1))
+            squares.append(self._sum(rows, rest.square_()))
+        square = torch.stack(squares)
+        return square, square + torch.stack(biases) if biases else square
 
-    def _round(self, inverse: Tensor) -> Tensor:
-        """The level of every value, until the next call."""
-        torch.mul(self.rows.x, inverse, out=self.level)
+    def _round(self, x: Tensor, inverse: Tensor, level: Tensor) -> Tensor:
+        torch.mul(x, inverse, out=level)
         if self.run:
-            return self.level.round_().clamp_(*self.outer)
-        return self.level.copy_(nearest_level(self.level, self.levels))
+            return level.round_().clamp_(*self.outer)
+        return level.copy_(nearest_level(level, self.levels))
 
-    def _norm(self, values: Tensor) -> Tensor:
-        """The root of the sum of squares, with their weights if these differ. The values are lost."""
-        return torch.linalg.vector_norm(values if self.root is None else values.mul_(self.root), dim=1)
+    def _sum(self, rows: Rows, squares: Tensor) -> Tensor:
+        """The weighted sum; the squares are lost."""
+        if alike(rows.w):
+            return squares.sum(1).double() * rows.w[0, 0].double()
+        return squares.mul_(rows.w).sum(1).double()
 
-    def _squares(self, norms: list[Tensor]) -> Tensor:
-        squares = torch.stack(norms).double().square_()
-        return squares if self.root is not None else squares.mul_(self.rows.w[0, 0])
-
-    def reached(self) -> Tensor:
-        """An error that a step of the grid has, or one of outputs that it has but for levels that are equally near."""
-        error, index = self.error.min(0, keepdim=True)
+    def reached(self, step: Tensor, error: Tensor) -> Tensor:
+        """What the error at a step is not above; of outputs, but for levels that are equally near."""
         if self.rows.mean is not None:
-            best = self.step.gather(0, index)[0]
-            error = squared_error(self.rows, self.levels, best.to(self.rows.x.dtype)).double()[None]
-        relative, small = ROUNDING[self.rows.x.dtype]
-        return error[0] * (1 + relative) + small * self.energy
+            error = squared_error(self.rows, self.levels, step.float()).double()
+        return error * (1 + self.rounding) + self.small * self.energy
 
     def dead(self, inverse: Tensor) -> Tensor:
         """The error of the points nearest to level 0, which only falls as the step does."""
-        level = self._round(inverse[:, None].to(self.rows.x.dtype))
-        return self._squares([self._norm(torch.where(level == 0, self.rows.x, 0.0))])[0]
+        level = self._round(self.rows.x, inverse[:, None].float(), torch.empty_like(self.rows.x))
+        return self._sum(self.rows, torch.where(level == 0, self.rows.x, 0.0).square_())
 
-    def clipped(self) -> Tensor:
-        """At the last step, the error of the points beyond the outer levels, which only grows as the step falls."""
-        x, step = self.rows.x, self.step[-1][:, None].to(self.rows.x.dtype)
+    def clipped(self, step: Tensor) -> Tensor:
+        """The error of the points beyond the outer levels, which only grows as the step falls."""
+        x, step = self.rows.x, step[:, None].float()
         over = (x - step * self.outer[1]).clamp_(min=0).maximum(step * self.outer[0] - x)
-        return self._squares([self._norm(over)])[0]
-
-    def hull(self, limit: Tensor, end: Tensor) -> Bracket:
-        """Of the intervals below ``end`` whose bound is not above the limit."""
-        step, high, low = self.step, self.square[:-1], self.square[1:]
-        c = (self.energy.sqrt() + low.sqrt()).square() * (step[:-1] / step[1:] - 1).square()
-        dip = (c - (high - low).abs()).clamp(min=0).square() / (4 * c).clamp(min=torch.finfo(c.dtype).tiny)
-        possible = (torch.minimum(high, low) - dip <= limit) & (step[1:] < end)
-        return Bracket(
-            torch.where(possible, step[1:], torch.inf).amin(0), torch.where(possible, step[:-1], 0.0).amax(0)
-        )
+        return self._sum(self.rows, over.square_())
 
 
 def _usual(rows: Rows, levels: Tensor, other: Tensor) -> Tensor:
     """A step that is about the best of those that clip little; ``other`` where no level can be of use."""
     every = -(-rows.x.shape[1] // GLANCE)
-    rows, levels = Rows(rows.x[:, ::every].contiguous(), rows.w[:, ::every]), levels.to(rows.x.dtype)
+    rows = Rows(rows.x[:, ::every].contiguous(), rows.w[:, ::every])
     widest = reach(rows.x, levels)
     steps = torch.where(widest > 0, widest, other.to(widest)) * 2.0 ** -torch.arange(4.0)[:, None].to(widest)
     errors = torch.stack([squared_error(rows, levels, step) for step in steps])
     return steps.double().gather(0, errors.argmin(0, keepdim=True))[0]
-
-
-def _as(dtype: torch.dtype, rows: Rows) -> Rows:
-    w = rows.w[:1, :1].to(dtype).expand_as(rows.w) if alike(rows.w) else rows.w.to(dtype)
-    return rows._replace(x=rows.x.to(dtype), w=w, mean=None if rows.mean is None else rows.mean.to(dtype))

@@ -10,6 +10,7 @@ from lightning_qinit.functional.chords import scan
 from lightning_qinit.functional.determinism import any_order
 from lightning_qinit.functional.levels import check_levels
 from lightning_qinit.functional.sweep import (
+    TIE,
     Bracket,
     Rows,
     alike,
@@ -129,9 +130,10 @@ def _solve(rows: Rows, levels: Tensor) -> tuple[Tensor, ...]:
     bracket = outer_bracket(unit.x, levels)
     if unit.mean is not None:
         bracket = Bracket(bracket.lower / BEYOND, bracket.upper * BEYOND)
+    row = torch.arange(len(x), device=x.device)  # the one that each bracket belongs to
     short = x.shape[1] <= SHORT
     if short and x.numel() * (len(levels) - 1) > MANY:
-        bracket = scan(unit, levels, bracket)
+        row, bracket = scan(unit, levels, bracket)
     for mantissa_bits in () if short else RESOLUTIONS:
         if total_breakpoints(unit, levels, bracket).sum() < x.numel() // 2 + len(x) * nodes_per_row(mantissa_bits):
             break  # solving is cheaper than narrowing
@@ -139,18 +141,32 @@ def _solve(rows: Rows, levels: Tensor) -> tuple[Tensor, ...]:
         if mantissa_bits == RESOLUTIONS[0]:
             bracket = coarse(nodes, unit, levels, bracket)
         bracket = fine(nodes, unit, levels, bracket)
-    scale, found = _in_bracket(unit, levels, bracket)
+    scale, found = _in_brackets(unit, levels, row, bracket)
     scale = torch.ldexp(torch.where(found, scale, 1.0), torch.where(found, exponent, 0))
-    return scale, squared_error(rows, levels, scale), *(torch.ldexp(end, exponent) for end in bracket)
+    lower = torch.full_like(scale, torch.inf).scatter_reduce_(0, row, bracket.lower, "amin")
+    upper = torch.zeros_like(scale).scatter_reduce_(0, row, bracket.upper, "amax")
+    return scale, squared_error(rows, levels, scale), torch.ldexp(lower, exponent), torch.ldexp(upper, exponent)
 
 
-def _in_bracket(rows: Rows, levels: Tensor, bracket: Bracket) -> tuple[Tensor, Tensor]:
-    """The best step of every row, and whether there is one."""
+def _in_brackets(rows: Rows, levels: Tensor, row: Tensor, bracket: Bracket) -> tuple[Tensor, Tensor]:
+    """The best step of every row in any of its brackets, and whether there is one."""
+    several = rows if len(row) == len(rows.x) else rows.take(row)
     if rows.mean is not None:
-        low, high = torch.where(rows.w > 0, rows.x, 0.0).aminmax(dim=1)
-        return least_in(rows, levels, bracket)[0], (low * levels[0] > 0) | (high * levels[-1] > 0)
-    scale, score = best_in(rows, levels, bracket)
+        scale, error = least_in(several, levels, bracket)
+        low, high = rows.x.aminmax(dim=1)
+        return _first(scale, -error, row, len(rows.x))[0], (low * levels[0] > 0) | (high * levels[-1] > 0)
+    scale, score = _first(*best_in(several, levels, bracket), row, len(rows.x))
     return _polish(rows, levels, torch.where(score > 0, scale, 1.0)), score > 0
+
+
+def _first(scale: Tensor, score: Tensor, row: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Of the results of every row that with the greatest score, of equals the first."""
+    if len(row) == rows:
+        return scale, score
+    best = torch.full((rows,), -torch.inf).to(score).scatter_reduce_(0, row, score, "amax")
+    place = torch.where(score >= best[row] - (1 - TIE) * best[row].abs(), torch.arange(len(row)).to(row), len(row))
+    first = torch.full((rows,), len(row)).to(row).scatter_reduce_(0, row, place, "amin")
+    return scale[first], score[first]
 
 
 def _polish(rows: Rows, levels: Tensor, scale: Tensor) -> Tensor:

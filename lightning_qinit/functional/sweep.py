@@ -55,7 +55,13 @@ class Rows(NamedTuple):
 
     def take(self, index: slice | Tensor) -> "Rows":
         """Some of the rows."""
-        return Rows(*(None if part is None else part[index] for part in self))  # type: ignore[arg-type]
+
+        def some(part: Tensor | None) -> Tensor | None:
+            if part is None or isinstance(index, slice) or not alike(part):
+                return None if part is None else part[index]
+            return part[:1].expand(len(index), -1)
+
+        return Rows(*map(some, self))  # type: ignore[arg-type]
 
     def chunks(self) -> "list[Rows]":
         """Parts along the values, small enough to stay in the cache while something is summed over them."""
