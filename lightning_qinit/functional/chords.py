@@ -2,8 +2,8 @@
 
 The error is a minimum of parabolas in the step, ``S - 2 s A + s^2 B`` one for each assignment of points to levels (see
 :mod:`~lightning_qinit.functional.sweep`), and ``B = sum w c^2`` only grows as ``s`` falls. So on an interval
-``[lo, hi]`` of steps ``f(s) - B(lo) s^2`` is a minimum of concave functions: it lies above its chord. The least value of
-that chord and the parabola, with ``d = |f(hi) - f(lo)|`` and ``C = B(lo) (hi - lo)^2``, gives
+``[lo, hi]`` of steps ``f(s) - B(lo) s^2`` is a minimum of concave functions: it lies above its chord. The least value
+of that chord and the parabola, with ``d = |f(hi) - f(lo)|`` and ``C = B(lo) (hi - lo)^2``, gives
 
     f(s) >= min(f(lo), f(hi)) - max(C - d, 0)^2 / (4 C).
 
@@ -29,7 +29,9 @@ GAP = 0.25  # by how much its bound may lie below the error at a usual step, rel
 EVERY = 4  # steps between two looks at what is clipped
 PARTS = 4  # that an interval is split into
 SPLITS = 4  # how often at most
-NARROW = 0.5  # how wide all intervals of a row may be, relative to the step and times levels: as many breakpoints, about
+NARROW = (
+    0.5  # how wide all intervals of a row may be, relative to the step and times levels: as many breakpoints, about
+)
 BRACKETS = 16  # of a row at most; one around all if there were more
 GLANCE = 128  # values of a row that a usual step is guessed from
 CHUNK = 2**17  # values at a time

@@ -155,7 +155,8 @@ def _in_brackets(rows: Rows, levels: Tensor, row: Tensor, bracket: Bracket) -> t
         scale, error = least_in(several, levels, bracket)
         low, high = rows.x.aminmax(dim=1)
         return _first(scale, -error, row, len(rows.x))[0], (low * levels[0] > 0) | (high * levels[-1] > 0)
-    scale, score = _first(*best_in(several, levels, bracket), row, len(rows.x))
+    scale, score = best_in(several, levels, bracket)
+    scale, score = _first(scale, score, row, len(rows.x))
     return _polish(rows, levels, torch.where(score > 0, scale, 1.0)), score > 0
 
 
@@ -177,5 +178,7 @@ def _polish(rows: Rows, levels: Tensor, scale: Tensor) -> Tensor:
             level = nearest(x, scale[:, None], levels)
             a += (w * x * level).sum(1)
             b += (w * level.square()).sum(1)
-        scale = torch.where((a > 0) & (b > 0), a / torch.where(b > 0, b, 1.0), scale)
+        before, scale = scale, torch.where((a > 0) & (b > 0), a / torch.where(b > 0, b, 1.0), scale)
+        if bool(((scale - before).abs() <= 1e-14 * scale).all()):
+            break
     return scale

@@ -34,8 +34,11 @@ def alike(w: Tensor) -> bool:
 
 
 def at_once(values: int, x: Tensor) -> int:
-    """How many values to take at a time: more on a GPU, which has no cache to fit but waits for every operation."""
-    return 32 * values if x.is_cuda else values
+    """How many values to take at a time, if so many are best for a core: what fits its cache, for each of them.
+
+    More on a GPU, which has no cache to fit but waits for every operation.
+    """
+    return 32 * values if x.is_cuda else min(torch.get_num_threads(), 8) * values
 
 
 class Rows(NamedTuple):
@@ -322,7 +325,9 @@ def _best(rows: Rows, levels: Tensor, bracket: Bracket, counted: Counted | None)
     if len(rows.x) == 1:
         rows = condense(rows, levels, bracket)
         counted = count_breakpoints(rows, levels, bracket)
-        if int(counted.moves.abs().sum()) > 4 * MAX_BREAKPOINTS:  # one huge row: halve the bracket, so memory is bounded
+        if (
+            int(counted.moves.abs().sum()) > 4 * MAX_BREAKPOINTS
+        ):  # one huge row: halve the bracket, so memory is bounded
             if halves := _halves(bracket):
                 high, low = (_best(rows, levels, half, None) for half in halves)
                 return low if bool(low[1] * TIE > high[1]) else high
