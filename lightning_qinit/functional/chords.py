@@ -153,6 +153,7 @@ class _Errors:
         self.rows = Rows(rows.x.float(), w, None if rows.mean is None else rows.mean.float(), rows.output)
         self.levels, self.run = levels.float(), is_run(levels)
         self.outer = float(levels[0]), float(levels[-1])
+        self.zone = float(levels[levels != 0].abs().min()) / 2
         self.energy = self._sum(self.rows, self.rows.x.square())
         # Of errors, relative: of long sums, and of levels that are as near but for rounding; and of the energy: of
         # values, in products with errors.
@@ -204,9 +205,11 @@ class _Errors:
         return error * (1 + self.rounding) + self.small * self.energy
 
     def dead(self, inverse: Tensor) -> Tensor:
-        """The error of the points nearest to level 0, which only falls as the step does."""
-        level = self._round(self.rows.x, inverse[:, None].float(), torch.empty_like(self.rows.x))
-        return self._sum(self.rows, torch.where(level == 0, self.rows.x, 0.0).square_())
+        """The error of points nearest to level 0, which only falls as the step does: those nearer than any other is."""
+        inverse = inverse[:, None].float()
+        values = self.rows.x * inverse
+        values -= torch.nn.functional.hardshrink(values, self.zone)
+        return self._sum(self.rows, values.square_()) / inverse[:, 0].double().square()
 
     def clipped(self, step: Tensor) -> Tensor:
         """The error of the points beyond the outer levels, which only grows as the step falls."""

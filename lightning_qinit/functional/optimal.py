@@ -89,7 +89,7 @@ def optimal_scale(
     """
     levels = check_levels(levels).to(x.device)
     rows = to_rows(x, channel_axis)
-    if not rows.isfinite().all():
+    if rows.numel() and not torch.stack(rows.aminmax()).isfinite().all():  # NaN is passed on
         raise ValueError(f"`x` must be finite, got {int((~rows.isfinite()).sum())} NaN or infinite values.")
     if weights is None:
         w = torch.ones((), dtype=torch.float64, device=x.device).expand_as(rows)
@@ -126,7 +126,7 @@ def _solve(rows: Rows, levels: Tensor) -> tuple[Tensor, ...]:
         return one, 0 * one, 0 * one, one / 0
     low, high = x.aminmax(dim=1)
     exponent = torch.frexp(torch.maximum(-low, high)).exponent
-    unit = rows._replace(x=torch.ldexp(x, -exponent[:, None]))  # exact, and keeps every square in range
+    unit = rows._replace(x=x * torch.ldexp(x.new_ones(len(x)), -exponent)[:, None])  # exact, and keeps squares in range
     bracket = outer_bracket(unit.x, levels)
     if unit.mean is not None:
         bracket = Bracket(bracket.lower / BEYOND, bracket.upper * BEYOND)
