@@ -214,7 +214,8 @@ def _of_outputs(
     moments = weight.new_zeros(len(user.inputs_met(what)), 3)
     for name in users:
         for part, met in enumerate(layers[name].inputs_met(what)):
-            moments[part] += observation.moments.get(f"{name}.{met}", moments.new_zeros(3)).to(moments)
+            seen = observation.moments_of(f"{name}.{met}")
+            moments[part] += 0 if seen is None else seen.to(moments)
     shape = [1] * weight.dim()
     shape[user.output_axis] = -1
     correlation = _correlation(moments).repeat_interleave(weight.shape[user.output_axis] // len(moments)).view(shape)

@@ -30,8 +30,8 @@ class Observation:
         criterion: what was seen beyond that: ``"fisher"`` and ``"hessian"`` importances, ``"output"`` moments.
         weight_importance: a tensor like the weight per weight quantizer.
         input_importance: a weighted sketch per input quantizer.
-        moments: of every input of a layer, by the same names as ``inputs``, quantized or not: ``(3,)`` float64, how
-            many finite values it had, their sum and their sum of squares.
+        moments: of every input of a layer that is not quantized, by the same names as ``inputs``: ``(3,)`` float64,
+            how many finite values it had, their sum and their sum of squares.
     """
 
     def __init__(self, criterion: Criterion = "mse") -> None:
@@ -78,6 +78,13 @@ class Observation:
         """Add to the importance of a weight."""
         self.weight_importance[name] = self.weight_importance.get(name, torch.zeros_like(importance)) + importance
 
+    def moments_of(self, name: str) -> Tensor | None:
+        """Count, sum and sum of squares of an input, ``(3,)`` float64; ``None`` if it was not seen."""
+        if name not in self.inputs:
+            return self.moments.get(name)
+        sample = self.inputs[name].sample()
+        return torch.stack((sample.count, (sample.weights * sample.values).sum(1), sample.energy))[:, 0]
+
     def add_moments(self, name: str, x: Tensor) -> None:
         """Add the values of an input."""
         total = self.moments.setdefault(name, torch.zeros(3, dtype=torch.float64, device=float64_device(x)))
@@ -122,8 +129,8 @@ class Observation:
 def observe(layers: Mapping[str, QuantizedLayer], criterion: Criterion = "mse") -> Iterator[Observation]:
     """Watch the layers while the context is open: the order in which they run, and their inputs.
 
-    With ``"hessian"`` also the mean square of the inputs that each weight meets, with ``"output"`` the moments of the
-    inputs. With ``"fisher"`` gradients must be on, and :meth:`Observation.differentiate` be called with the loss of
+    With ``"hessian"`` also the mean square of the inputs that each weight meets, with ``"output"`` the moments of
+    inputs that are not quantized. With ``"fisher"`` gradients must be on, and :meth:`Observation.differentiate` be called with the loss of
     each batch.
 
     Runs eagerly, also where the module is compiled, since compiled code need not call hooks.
@@ -150,7 +157,7 @@ def _runs(observation: Observation, name: str) -> Any:
             observation.add_weight_importance(f"{name}.weight", _squares_met(layer, args, kwargs))
         if observation.criterion == "output" and layer.inputs and layer.weights():
             given = inspect.signature(layer.forward).bind(*args, **kwargs).arguments
-            for what in layer.inputs:
+            for what in set(layer.inputs) - set(layer.input_quantizers()):
                 x = given[what].data if isinstance(given[what], PackedSequence) else given[what]
                 observation.add_moments(f"{name}.{what}", x)
 
