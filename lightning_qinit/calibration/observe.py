@@ -130,8 +130,8 @@ def observe(layers: Mapping[str, QuantizedLayer], criterion: Criterion = "mse") 
     """Watch the layers while the context is open: the order in which they run, and their inputs.
 
     With ``"hessian"`` also the mean square of the inputs that each weight meets, with ``"output"`` the moments of
-    inputs that are not quantized. With ``"fisher"`` gradients must be on, and :meth:`Observation.differentiate` be called with the loss of
-    each batch.
+    inputs that are not quantized. With ``"fisher"`` gradients must be on, and :meth:`Observation.differentiate` be
+    called with the loss of each batch.
 
     Runs eagerly, also where the module is compiled, since compiled code need not call hooks.
     """
