@@ -14,6 +14,7 @@ from tables import BASE, OTHERS, QUANTIZERS, main_cells
 
 LINES = {
     "optimal": {"color": "black", "lw": 2.4, "ls": "-"},
+    "output": {"color": "black", "lw": 2.4, "ls": (0, (1, 1))},
     "lsq": {"color": "black", "lw": 1.1, "ls": "--"},
     "lsq+": {"color": "black", "lw": 1.1, "ls": "-."},
     "minmax": {"color": "0.45", "lw": 1.3, "ls": ":"},
@@ -22,7 +23,16 @@ LINES = {
     "sawb": {"color": "0.65", "lw": 1.1, "ls": "-"},
     "constant": {"color": "0.65", "lw": 1.3, "ls": ":"},
 }
-MARKERS = {"lsq": "s", "lsq+": "D", "minmax": "v", "percentile": "^", "aciq": "o", "sawb": "x", "constant": "+"}
+MARKERS = {
+    "output": "*",
+    "lsq": "s",
+    "lsq+": "D",
+    "minmax": "v",
+    "percentile": "^",
+    "aciq": "o",
+    "sawb": "x",
+    "constant": "+",
+}
 
 
 def curves(rows: Sequence[Row], path: Path) -> None:

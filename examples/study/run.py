@@ -46,12 +46,11 @@ DEFAULTS: Setting = {
     "sequential": False,
     "recalibrate_batchnorm": False,
 }
-# Different rules for weights and inputs. SAWB is one for weights; inputs beside it start from the percentile, as in
-# IBM's code.
-MIXED = {
+# What is compared as an initializer and is more than one. SAWB is a rule for weights; inputs beside it start from the
+# percentile, as in IBM's code.
+STARTS: dict[str, Setting] = {
     "sawb": {"weight_initializer": "sawb", "activation_initializer": "percentile"},
-    "unbiased": {"weight_initializer": "unbiased.unbiased", "activation_initializer": "optimal"},
-    "lsq+ weights": {"weight_initializer": "lsq+", "activation_initializer": "optimal"},
+    "output": {"initializer": "optimal", "criterion": "output"},
 }
 
 
@@ -78,12 +77,12 @@ def settings(grid: dict[str, Any]) -> Iterator[Setting]:
 def callback(setting: Setting) -> QuantInitCallback:
     """The callback of a setting, which measures nothing itself."""
     own = {name: setting[name] for name in list(DEFAULTS)[7:]}
+    start = STARTS.get(setting["initializer"], {"initializer": setting["initializer"]})
     return QuantInitCallback(
         weight_bits=setting["bits"],
         activation_bits=setting["bits"],
         quantizer=setting["quantizer"],
-        **MIXED.get(setting["initializer"], {"initializer": setting["initializer"]}),
-        **own,
+        **{**own, **start},
         log_quantizers=False,
         log_figures=0,
         print_report=False,

@@ -9,10 +9,9 @@ from measures import MEASURES, Interval, Measure, interval
 from tasks import TASKS
 
 QUANTIZERS = ("lsq", "lsq+", "apot")
-OTHERS = ("lsq", "lsq+", "minmax", "percentile", "aciq", "sawb", "constant")
+OTHERS = ("output", "lsq", "lsq+", "minmax", "percentile", "aciq", "sawb", "constant")
 COMPARED = ("initial", "target", "loss50", "loss500", "final")
 BASE = "optimal"
-RELATIVES = ("mse_grid", "unbiased", "lsq+ weights")
 NARROW = {"name": "lsq", "narrow_range": True}
 
 
@@ -75,31 +74,14 @@ def narrow_table(rows: Sequence[Row]) -> str:
     return _against(cells(small, "initializer"))
 
 
-def unbiased_table(rows: Sequence[Row]) -> str:
-    """Of weights that start at the least error of the output, less the other initializers."""
-    chosen = [cell for cell in main_cells(rows) if "unbiased" in cell.runs]
-    return _against(chosen, "unbiased", (BASE, *OTHERS))
-
-
 def output_table(rows: Sequence[Row]) -> str:
-    """Of weights that start at the least error of the layer's output, less the least error of their own, and rules."""
-    kept = where(rows, lambda s: s["part"] == "test" and s["task"] != "cifar10" and s["quantizer"] in QUANTIZERS)
-    found = cells([row for row in map(_started, kept) if row], "start")
+    """Of weights that start at the least error of the layer's output, less all others."""
+    found = [cell for cell in main_cells(rows) if cell.setting["task"] != "cifar10"]
     lines = []
     for quantizer in QUANTIZERS:
         chosen = [cell for cell in found if cell.setting["quantizer"] == quantizer]
         lines += _lines(chosen, "output", (BASE, *OTHERS), f"{quantizer}, ")
     return markdown(["output less ...", *(m.title for m in _compared())], lines)
-
-
-def _started(row: Row) -> Row | None:
-    """The same with the initializer as ``start``, or the criterion if it is that of outputs; ``None`` for others."""
-    setting, changed = row["setting"], varied(row["setting"])
-    if changed not in ({}, {"criterion": "output"}):
-        return None
-    start = "output" if changed else setting["initializer"]
-    shared = {name: setting[name] for name in ("task", "quantizer", "bits", "seed")}
-    return {"setting": {**shared, "start": start}, "record": row["record"]}
 
 
 def _against(found: Sequence[Cell], first: str = BASE, others: Sequence[str] = OTHERS) -> str:
@@ -203,7 +185,7 @@ def ablation_table(rows: Sequence[Row], cifar10: bool) -> str:
 def _relabelled(row: Row) -> Row | None:
     """The same with what differs from the default as one entry, ``variant``; ``None`` for what is no variant."""
     setting, changed = row["setting"], varied(row["setting"])
-    if {"recipe", "lr_factor"} & set(changed) or setting["initializer"] not in (BASE, *RELATIVES):
+    if {"recipe", "lr_factor"} & set(changed) or setting["initializer"] not in (BASE, "mse_grid"):
         return None
     if setting["initializer"] != BASE:
         changed["initializer"] = setting["initializer"]
@@ -244,7 +226,6 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "cifar10": cifar10_table,
     "norms": norms_table,
     "narrow": narrow_table,
-    "unbiased": unbiased_table,
     "output": output_table,
     "ablations": lambda rows: ablation_table(rows, cifar10=False),
     "cifar10-variants": lambda rows: ablation_table(rows, cifar10=True),
