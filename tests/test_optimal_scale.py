@@ -99,12 +99,14 @@ def test_matches_brute_force_on_anything(x: list[float], weights: list[float], l
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10_000), bits=st.integers(2, 8), count=st.integers(1, 300), weighted=st.booleans())
-def test_a_grid_of_steps_never_excludes_the_best(seed: int, bits: int, count: int, weighted: bool) -> None:
+@given(st.integers(0, 10_000), st.integers(2, 8), st.integers(1, 300), st.booleans(), st.booleans())
+def test_a_grid_of_steps_never_excludes_the_best(seed: int, bits: int, count: int, weighted: bool, idle: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(3, count, generator=generator, dtype=torch.float64) ** 3
+    if idle:  # a channel of zeros, and one without a level on its side
+        x = x.abs() * torch.tensor([[0.0], [-1.0], [1.0]])
     w = torch.rand(3, count, generator=generator).double() if weighted else torch.ones(3, 1).double().expand(3, count)
-    rows, levels = Rows(x, w), uniform_levels(bits, signed=True)
+    rows, levels = Rows(x, w), uniform_levels(bits, signed=not idle)
     bracket = outer_bracket(x, levels)
     step, score = best_in(rows, levels, bracket)
     row, narrowed = scan(rows, levels, bracket)
@@ -114,8 +116,8 @@ def test_a_grid_of_steps_never_excludes_the_best(seed: int, bits: int, count: in
     found = best_in(rows.take(row), levels, narrowed)[1]
     for i in range(3):
         assert torch.isclose(found[row == i].max(), score[i], rtol=1e-12)
-    inside = (narrowed.lower <= step[row] * (1 + 1e-9)) & (step[row] <= narrowed.upper * (1 + 1e-9))
-    assert row[inside].tolist() == [0, 1, 2]
+    inside = (narrowed.lower <= step[row] * (1 + 1e-9)) & (step[row] <= narrowed.upper * (1 + 1e-9)) & (score[row] > 0)
+    assert row[inside].tolist() == ([2] if idle else [0, 1, 2])
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])

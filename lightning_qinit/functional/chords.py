@@ -27,6 +27,7 @@ FIRST = (2.0, 1.0, 0.5, 0.25, 0.125)  # where the grid may begin, in its units o
 MOST = 512  # where it ends
 GAP = 0.25  # by how much its bound may lie below the error at a usual step, relative
 EVERY = 4  # steps between two looks at what is clipped
+ALL = 0.999  # of the energy
 PARTS = 4  # that an interval is split into
 SPLITS = 4  # how often at most
 NARROW = (
@@ -72,6 +73,7 @@ def _scan(rows: Rows, levels: Tensor, bracket: Bracket) -> tuple[Tensor, Bracket
     share = (grid.square[0] / errors.energy).nan_to_num(1.0)
     unit = 2 * (GAP * share).clamp(2.0**-18, 1.0).sqrt() / usual
 
+    row = torch.arange(len(usual), device=usual.device)
     dead = []
     for k in FIRST:
         dead.append(errors.dead(k * unit))
@@ -82,17 +84,19 @@ def _scan(rows: Rows, levels: Tensor, bracket: Bracket) -> tuple[Tensor, Bracket
         more = errors.at(torch.stack([(k + i) * unit for i in range(EVERY)]))
         grid = Grid(*(torch.cat(pair) for pair in zip(grid, more, strict=True)))
         clipped = errors.clipped(grid.step[-1])
-        if bool((clipped > grid.error.amin(0)).all()):
-            least, index = grid.error.min(0, keepdim=True)
-            limit = torch.minimum(limit, errors.reached(grid.step.gather(0, index)[0], least[0]))
-            if bool((clipped > limit).all()):
+        if bool((clipped >= torch.minimum(grid.error.amin(0), ALL * errors.energy)).all()):
+            limit = torch.minimum(limit, _least(errors, row, grid))
+            if bool(((clipped > limit) | (limit >= errors.energy)).all()):  # the latter are never excluded
                 break
+    limit = torch.minimum(limit, _least(errors, row, grid))
     end = torch.where(torch.stack(dead[::-1]) > limit, grid.step[: len(dead)], torch.inf).amin(0)
-    beyond = end.isinf().nonzero()[:, 0], (~(clipped > limit)).nonzero()[:, 0]
-    ends = [(beyond[0], grid.step[0], bracket.upper), (beyond[1], bracket.lower, grid.step[-1])]
-
-    row = torch.arange(len(usual), device=usual.device)
-    row, grid = _possible(row, grid, errors.energy, limit, end)
+    idle = grid.error.amin(0) >= ALL * errors.energy  # all zero, or of the sign that no level has: nothing to narrow
+    ends = [
+        (idle, bracket.lower, bracket.upper),
+        (end.isinf() & ~idle, grid.step[0], bracket.upper),
+        (~(clipped > limit) & ~idle, bracket.lower, grid.step[-1]),
+    ]
+    row, grid = _possible(row[~idle], Grid(*(part[:, ~idle] for part in grid)), errors.energy, limit, end)
     for _ in range(SPLITS):
         if float((grid.step[0] / grid.step[1] - 1).sum()) * len(levels) < NARROW * len(usual):
             break
@@ -101,7 +105,8 @@ def _scan(rows: Rows, levels: Tensor, bracket: Bracket) -> tuple[Tensor, Bracket
         limit = torch.minimum(limit, _least(errors, row, inner))
         grid = Grid(*(torch.cat((a[:1], b, a[1:])) for a, b in zip(grid, inner, strict=True)))
         row, grid = _possible(row, grid, errors.energy, limit, end)
-    pieces = [(row, grid.step[1], grid.step[0]), *((row, low[row], high[row]) for row, low, high in ends)]
+    pieces = [(row, grid.step[1], grid.step[0])]
+    pieces += [(which.nonzero()[:, 0], low[which], high[which]) for which, low, high in ends]
     row, lower, upper = (torch.cat(part) for part in zip(*pieces, strict=True))
     return _joined(row, Bracket(lower, upper), bracket, len(levels))
 
@@ -141,8 +146,8 @@ def _joined(row: Tensor, found: Bracket, within: Bracket, levels: int) -> tuple[
     row = torch.zeros(count, dtype=row.dtype, device=row.device).scatter_(0, index, row)
     lower = torch.full((count,), torch.inf).to(lower).scatter_reduce_(0, index, lower, "amin")
     upper = torch.zeros(count).to(upper).scatter_reduce_(0, index, upper, "amax")
-    upper = torch.minimum(upper, within.upper[row])
-    return row, Bracket(torch.maximum(lower, within.lower[row]).minimum(upper), upper)
+    least, most = within.lower[row], within.upper[row]
+    return row, Bracket(lower.clamp(least, most), upper.clamp(least, most))
 
 
 class _Errors:
