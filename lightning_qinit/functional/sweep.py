@@ -24,6 +24,7 @@ from lightning_qinit.functional.levels import is_run, thresholds
 # Breakpoints sorted at a time: enough to keep vector units busy, few enough to stay in the cache.
 MAX_BREAKPOINTS = 2**17
 CHUNK = 2**18
+FEW = 64  # thresholds
 TIE = 1 - 1e-14  # scores closer than this are equal but for rounding, and the larger step is taken
 INSIDE = 2.0**-22  # how far from a jump a step is kept, relative: in float32 it stays on the same side
 
@@ -141,7 +142,17 @@ def _index(x: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
     """:func:`assign` in the type that it is found in."""
     if is_run(levels):
         return nearest(x, scale, levels).sub_(levels[0])
-    return torch.bucketize(x / scale, thresholds(levels), right=True)
+    return _past(x / scale, thresholds(levels))
+
+
+def _past(v: Tensor, thresholds: Tensor) -> Tensor:
+    """How many thresholds no value is below. On a CPU a few comparisons take less than a search."""
+    if v.is_cuda or len(thresholds) > FEW:
+        return torch.bucketize(v, thresholds, right=True)
+    count, below = torch.full_like(v, len(thresholds)), torch.empty_like(v)
+    for threshold in thresholds.tolist():
+        count -= torch.lt(v, threshold, out=below)
+    return count
 
 
 def nearest(x: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
@@ -152,8 +163,9 @@ def nearest(x: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
 
 
 def nearest_level(v: Tensor, levels: Tensor) -> Tensor:
-    """The level nearest to each normalized value, found by search."""
-    return levels[torch.bucketize(v, thresholds(levels), right=True)]
+    """The level nearest to each normalized value, of any set of levels."""
+    index = _past(v, thresholds(levels)).flatten().to(torch.int32)
+    return levels.index_select(0, index).view(v.shape)
 
 
 def squared_error(rows: Rows, levels: Tensor, scale: Tensor) -> Tensor:
@@ -227,7 +239,7 @@ def sweep(rows: Rows, levels: Tensor, bracket: Bracket, counted: Counted | None 
     at, order = at.view(len(total), width).sort(dim=1, descending=True)
     at = at.clamp(bracket.lower[:, None], bracket.upper[:, None])
 
-    level = start + levels[0] if start.is_floating_point() else levels[start]  # of a run, or of any levels
+    level = start + levels[0] if is_run(levels) else levels[start.to(torch.int64)]
     initial = torch.stack(((gain * level).sum(1), (rows.w * level.square()).sum(1)))
     delta = delta.view(len(delta), len(total), width).gather(2, order.expand(len(delta), -1, -1))
     a, b = torch.cat((initial[:, :, None], delta[:2]), dim=2).cumsum(2)
