@@ -12,8 +12,9 @@ from torch import Tensor
 from lightning_qinit.functional import optimal, optimal_scale, uniform_levels
 from lightning_qinit.functional.bracket import gather
 from lightning_qinit.functional.chords import scan
+from lightning_qinit.functional.rows import Rows, squared_error
 from lightning_qinit.functional.sample import Sample
-from lightning_qinit.functional.sweep import Rows, best_in, outer_bracket, squared_error
+from lightning_qinit.functional.sweep import best_in, outer_bracket
 from lightning_qinit.initializers import lsq, minmax, usable
 
 LEVEL_SETS = [

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from lightning_qinit.functional.determinism import any_order
 from lightning_qinit.functional.levels import check_levels, thresholds
+from lightning_qinit.functional.nearest import assign
 from lightning_qinit.functional.optimal import solve_rows
 from lightning_qinit.functional.sample import Sample
-from lightning_qinit.functional.sweep import assign
 
 ALL_ZERO_POINTS = 32  # up to so many levels every zero point is tried, above they are searched from coarse to fine
 TURNS = 50

@@ -21,7 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_qinit.functional.sweep import Bracket, Counted, Rows, in_parts, nearest, squared_error, sweep
+from lightning_qinit.functional.nearest import nearest
+from lightning_qinit.functional.rows import Rows, squared_error
+from lightning_qinit.functional.sweep import Bracket, Counted, in_parts, sweep
 
 OCTAVES = 16  # cells span the largest value of a row down to 2^-16 of it; all smaller values share the first cell
 GRID = 2.0 ** -torch.linspace(-1, 5, 24, dtype=torch.float64)  # tried relative to the step that just clips nothing

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from lightning_qinit.functional.bracket import reach
 from lightning_qinit.functional.levels import is_run
-from lightning_qinit.functional.sweep import Bracket, Rows, alike, at_once, nearest_level, squared_error
+from lightning_qinit.functional.nearest import nearest_level
+from lightning_qinit.functional.rows import Rows, alike, at_once, squared_error
+from lightning_qinit.functional.sweep import Bracket
 
 FIRST = (2.0, 1.0, 0.5, 0.25, 0.125)  # where the grid may begin, in its units of the inverse step
 MOST = 512  # where it ends

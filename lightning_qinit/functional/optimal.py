@@ -9,19 +9,9 @@ from lightning_qinit.functional.bracket import coarse, fine, gather, nodes_per_r
 from lightning_qinit.functional.chords import scan
 from lightning_qinit.functional.determinism import any_order
 from lightning_qinit.functional.levels import check_levels
-from lightning_qinit.functional.sweep import (
-    TIE,
-    Bracket,
-    Rows,
-    alike,
-    at_once,
-    best_in,
-    least_in,
-    nearest,
-    outer_bracket,
-    squared_error,
-    total_breakpoints,
-)
+from lightning_qinit.functional.nearest import nearest
+from lightning_qinit.functional.rows import Rows, alike, at_once, squared_error
+from lightning_qinit.functional.sweep import TIE, Bracket, best_in, least_in, outer_bracket, total_breakpoints
 
 RESOLUTIONS = (4, 6, 9, 12)  # mantissa bits of the nodes, each bracket narrower than the one before
 SHORT = 2**14  # values of a row up to which a grid of steps costs less than cells

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lightning_qinit.functional.levels import check_levels
 from lightning_qinit.functional.optimal import OptimalScale, solve_rows, to_rows
-from lightning_qinit.functional.sweep import Rows
+from lightning_qinit.functional.rows import Rows
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_qinit.functional.determinism import any_order
 from lightning_qinit.functional.optimal import to_rows
-from lightning_qinit.functional.sweep import Rows, squared_error
+from lightning_qinit.functional.rows import Rows, squared_error
 
 
 def float64_device(tensor: Tensor) -> torch.device:
@@ -26,7 +26,7 @@ class Sample:
         weights: ``(groups, n)``, how often (or how strongly) each value counts; 0 for padding.
         minimum: ``(groups,)``, least value of the data.
         maximum: ``(groups,)``, greatest value of the data.
-        mean_inputs: as ``mean`` of :class:`~lightning_qinit.functional.sweep.Rows`, if errors are those of outputs.
+        mean_inputs: as ``mean`` of :class:`~lightning_qinit.functional.rows.Rows`, if errors are those of outputs.
         output: as there.
     """
 

@@ -20,72 +20,13 @@ import torch
 from torch import Tensor
 
 from lightning_qinit.functional.levels import is_run, thresholds
+from lightning_qinit.functional.nearest import index_of
+from lightning_qinit.functional.rows import Rows, alike, at_once, squared_error
 
 # Breakpoints sorted at a time: enough to keep vector units busy, few enough to stay in the cache.
 MAX_BREAKPOINTS = 2**17
-CHUNK = 2**18
-FEW = 64  # thresholds
 TIE = 1 - 1e-14  # scores closer than this are equal but for rounding, and the larger step is taken
 INSIDE = 2.0**-22  # how far from a jump a step is kept, relative: in float32 it stays on the same side
-
-
-def alike(w: Tensor) -> bool:
-    """Whether all weights are one number, expanded."""
-    return not any(w.stride())
-
-
-def at_once(values: int, x: Tensor) -> int:
-    """How many values to take at a time, if so many are best for a core: what fits its cache, for each of them.
-
-    More on a GPU, which has no cache to fit but waits for every operation.
-    """
-    return 32 * values if x.is_cuda else min(torch.get_num_threads(), 8) * values
-
-
-class Rows(NamedTuple):
-    """Values and what they count, ``(rows, n)`` in float64; each row has a step of its own.
-
-    Attributes:
-        x: the values.
-        w: their weights; the variance of the inputs that they meet, if errors are those of outputs.
-        mean: the mean of these inputs; ``None`` if errors are those of the values.
-        output: int64, which output of its row each value feeds; ``None`` if there is one.
-    """
-
-    x: Tensor
-    w: Tensor
-    mean: Tensor | None = None
-    output: Tensor | None = None
-
-    def take(self, index: slice | Tensor) -> "Rows":
-        """Some of the rows."""
-
-        def some(part: Tensor | None) -> Tensor | None:
-            if part is None or isinstance(index, slice) or not alike(part):
-                return None if part is None else part[index]
-            return part[:1].expand(len(index), -1)
-
-        return Rows(*map(some, self))  # type: ignore[arg-type]
-
-    def chunks(self) -> "list[Rows]":
-        """Parts along the values, small enough to stay in the cache while something is summed over them."""
-        size = max(1, at_once(CHUNK, self.x) // len(self.x))
-        ends = range(0, self.x.shape[1], size)
-        return [Rows(*(p if p is None else p[:, e : e + size] for p in self)) for e in ends]  # type: ignore[arg-type]
-
-    def sums(self, values: Tensor) -> Tensor:
-        """``values`` times the mean inputs, summed for every output: ``(rows, outputs)``."""
-        assert self.mean is not None
-        values = self.mean * values
-        if self.output is None:
-            return values.sum(1, keepdim=True)
-        total = values.new_zeros(len(values), int(self.output.max()) + 1)
-        return total.scatter_add_(1, self.output, values)
-
-    def energy(self) -> Tensor:
-        """``S``: the error where every level is 0, ``(rows,)``."""
-        energy = (self.w * self.x.square()).sum(1)
-        return energy if self.mean is None else energy + self.sums(self.x).square().sum(1)
 
 
 class Bracket(NamedTuple):
@@ -130,56 +71,6 @@ class Pieces(NamedTuple):
         return step, (energy[:, None] - 2 * step * self.a + step.square() * self.b).clamp(min=0)
 
 
-def assign(x: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
-    """Index of the level nearest to ``x / scale``; ``scale`` is ``(rows, 1)``."""
-    index = _index(x, scale, levels)
-    if index.is_floating_point():  # NaN is past every threshold, as in the search
-        index = index.nan_to_num_(len(levels) - 1).to(torch.int64)
-    return index
-
-
-def _index(x: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
-    """:func:`assign` in the type that it is found in."""
-    if is_run(levels):
-        return nearest(x, scale, levels).sub_(levels[0])
-    return _past(x / scale, thresholds(levels))
-
-
-def _past(v: Tensor, thresholds: Tensor) -> Tensor:
-    """How many thresholds no value is below. On a CPU a few comparisons take less than a search."""
-    if v.is_cuda or len(thresholds) > FEW:
-        return torch.bucketize(v, thresholds, right=True)
-    count, below = torch.full_like(v, len(thresholds)), torch.empty_like(v)
-    for threshold in thresholds.tolist():
-        count -= torch.lt(v, threshold, out=below)
-    return count
-
-
-def nearest(x: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
-    """The level nearest to ``x / scale``, the upper one of two; ``scale`` is ``(rows, 1)``."""
-    if is_run(levels):  # arithmetic instead of a search: several times faster
-        return (x / scale).add_(0.5).floor_().clamp_(float(levels[0]), float(levels[-1]))
-    return nearest_level(x / scale, levels)
-
-
-def nearest_level(v: Tensor, levels: Tensor) -> Tensor:
-    """The level nearest to each normalized value, of any set of levels."""
-    index = _past(v, thresholds(levels)).flatten().to(torch.int32)
-    return levels.index_select(0, index).view(v.shape)
-
-
-def squared_error(rows: Rows, levels: Tensor, scale: Tensor) -> Tensor:
-    """``f(scale)`` of every row; ``scale`` and the result are ``(rows,)``."""
-    scale = scale[:, None]
-    if rows.mean is not None:
-        error = rows.x - scale * nearest(rows.x, scale, levels)
-        return rows.sums(error).square().sum(1) + (error.square_() * rows.w).sum(1)
-    total = torch.zeros_like(scale[:, 0])
-    for part in rows.chunks():
-        total += ((part.x - scale * nearest(part.x, scale, levels)).square_() * part.w).sum(1)
-    return total
-
-
 def outer_bracket(x: Tensor, levels: Tensor) -> Bracket:
     """Steps below and above every breakpoint of a row."""
     t = thresholds(levels).abs()
@@ -195,8 +86,8 @@ def outer_bracket(x: Tensor, levels: Tensor) -> Bracket:
 
 def count_breakpoints(rows: Rows, levels: Tensor, bracket: Bracket) -> Counted:
     """The level of each point at the upper end, and its breakpoints inside the bracket."""
-    start = _index(rows.x, bracket.upper[:, None], levels)
-    moves = _index(rows.x, bracket.lower[:, None], levels).sub_(start)
+    start = index_of(rows.x, bracket.upper[:, None], levels)
+    moves = index_of(rows.x, bracket.lower[:, None], levels).sub_(start)
     return Counted(start, moves if alike(rows.w) else torch.where(rows.w > 0, moves, 0))
 
 

@@ -5,9 +5,9 @@ from torch import Tensor
 
 from lightning_qinit.functional.affine import optimal_affine as _optimal_affine
 from lightning_qinit.functional.levels import check_levels
+from lightning_qinit.functional.nearest import assign
 from lightning_qinit.functional.optimal import solve_rows
 from lightning_qinit.functional.sample import Sample
-from lightning_qinit.functional.sweep import assign
 from lightning_qinit.initializers.initial import Initial
 
 ALIVE = 0.01  # the least share of nonzero values that must not round to zero

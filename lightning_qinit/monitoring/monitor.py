@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from lightning_qinit.functional.levels import thresholds
 from lightning_qinit.functional.optimal import solve_rows
+from lightning_qinit.functional.rows import Rows
 from lightning_qinit.functional.sample import float64_device
-from lightning_qinit.functional.sweep import Rows
 from lightning_qinit.insertion import QuantizedLayer, named_quantizers
 from lightning_qinit.monitoring.codes import normalized
 from lightning_qinit.monitoring.metrics import (
