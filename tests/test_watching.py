@@ -148,7 +148,9 @@ def test_values_that_are_not_finite_are_survived(quantizer: str) -> None:
     x = torch.randn(5, 40)
     x[0, 0], x[1, 1] = torch.nan, torch.inf
     model(x)
-    assert "quant_step/0.input" in monitor.close(lambda tensor: tensor)
+    logged = monitor.close(lambda tensor: tensor)
+    assert "quant_step/0.input" in logged
+    assert math.isfinite(logged["quant_step_to_optimal/0.input"])  # of the values that are finite
 
 
 def test_sums_over_ranks_give_the_numbers_of_all_data() -> None:

@@ -183,7 +183,8 @@ class Monitor:
             values = torch.cat([nn.functional.pad(row, (0, width - row.shape[1])) for row in rows])
             weights = torch.cat([nn.functional.pad(torch.ones_like(r), (0, width - r.shape[1])) for r in rows])
             level_set = torch.tensor(levels, dtype=torch.float64, device=values.device)
-            best = solve_rows(Rows(values, weights), level_set).scale
+            finite = values.isfinite()
+            best = solve_rows(Rows(torch.where(finite, values, 0.0), weights * finite), level_set).scale
             for name, scale in zip(names, best.split([len(row) for row in rows]), strict=True):
                 ratios[name] = torch.stack((1 / scale, torch.ones_like(scale))).mean(1).to(device, torch.float32)
         return torch.stack(list(ratios.values()))
