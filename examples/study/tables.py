@@ -74,30 +74,16 @@ def narrow_table(rows: Sequence[Row]) -> str:
     return _against(cells(small, "initializer"))
 
 
-def output_table(rows: Sequence[Row]) -> str:
-    """Of weights that start at the least error of the layer's output, less all others."""
-    found = [cell for cell in main_cells(rows) if cell.setting["task"] != "cifar10"]
-    lines = []
-    for quantizer in QUANTIZERS:
-        chosen = [cell for cell in found if cell.setting["quantizer"] == quantizer]
-        lines += _lines(chosen, "output", (BASE, *OTHERS), f"{quantizer}, ")
-    return markdown(["output less ...", *(m.title for m in _compared())], lines)
-
-
-def _against(found: Sequence[Cell], first: str = BASE, others: Sequence[str] = OTHERS) -> str:
+def _against(found: Sequence[Cell]) -> str:
     """For each width and other initializer, the differences over the cells."""
-    return markdown([f"{first} less ...", *(m.title for m in _compared())], _lines(found, first, others))
-
-
-def _lines(found: Sequence[Cell], first: str, others: Sequence[str], prefix: str = "") -> list[list[str]]:
     lines = []
     for bits in sorted({cell.setting["bits"] for cell in found}):
         chosen = [cell for cell in found if cell.setting["bits"] == bits]
-        for other in others:
-            if any(cell.differences(MEASURES["final"], first, other) for cell in chosen):
-                differences = [shown(pooled(chosen, m, first, other), m.better) for m in _compared()]
-                lines.append([f"{prefix}{bits} bits, {other}", *differences])
-    return lines
+        for other in OTHERS:
+            if any(cell.differences(MEASURES["final"], BASE, other) for cell in chosen):
+                differences = [shown(pooled(chosen, m, BASE, other), m.better) for m in _compared()]
+                lines.append([f"{bits} bits, {other}", *differences])
+    return markdown([f"{BASE} less ...", *(m.title for m in _compared())], lines)
 
 
 def _compared() -> list[Measure]:
@@ -226,7 +212,6 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "cifar10": cifar10_table,
     "norms": norms_table,
     "narrow": narrow_table,
-    "output": output_table,
     "ablations": lambda rows: ablation_table(rows, cifar10=False),
     "cifar10-variants": lambda rows: ablation_table(rows, cifar10=True),
     "tune": tune_table,
