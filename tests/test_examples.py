@@ -29,15 +29,12 @@ def bits_of_weights(folder: Path) -> dict[str, int]:
     return {row["layer"]: row["bits"] for row in rows if row["what"] == "weight"}
 
 
-def test_quickstart(tmp_path: Path) -> None:
+def test_quickstart_and_deploy(tmp_path: Path) -> None:
     out = run(tmp_path, str(EXAMPLES / "quickstart.py"), "--epochs=2", "--qat-epochs=1")
     table = out[out.index("start ") :].splitlines()
     assert [line.split("  ")[0] for line in table[1:4]] == ["float", "2 bits, optimal", "2 bits, lsq"]
     assert list((tmp_path / "runs").rglob("events.out.tfevents.*"))
 
-
-def test_deploy(tmp_path: Path) -> None:
-    run(tmp_path, str(EXAMPLES / "quickstart.py"), "--epochs=2", "--qat-epochs=1")
     out = run(tmp_path, str(EXAMPLES / "deploy.py"), "--latency=squeezenet1_1", "--size=64")
     table = out[out.index("over 360 test samples") :].splitlines()
     torch_, written, optimized = (line.split()[-3:] for line in table[1:4])

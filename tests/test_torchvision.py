@@ -70,6 +70,10 @@ def convnext() -> nn.Module:
     return models.ConvNeXt(blocks, stochastic_depth_prob=0.1, num_classes=CLASSES)
 
 
+def densenet() -> nn.Module:
+    return models.DenseNet(growth_rate=16, block_config=(2, 2, 2, 2), num_init_features=32, num_classes=CLASSES)
+
+
 def efficientnet_v2() -> nn.Module:
     blocks = [
         FusedMBConvConfig(1, 3, 1, 24, 24, 1),
@@ -95,8 +99,8 @@ def maxvit() -> nn.Module:
     )
 
 
-def resnet(**arguments) -> Build:
-    return lambda: models.ResNet(Bottleneck, [1, 1, 1, 1], num_classes=CLASSES, **arguments)
+def resnext() -> nn.Module:
+    return models.ResNet(Bottleneck, [1, 1, 1, 1], num_classes=CLASSES, groups=32, width_per_group=4)
 
 
 def swin(window: int, **arguments) -> Build:
@@ -122,7 +126,7 @@ def vit() -> nn.Module:
 MODELS: dict[str, Build] = {
     "alexnet": narrow_head("alexnet"),
     "convnext_tiny": convnext,
-    "densenet121": published("densenet121"),
+    "densenet121": densenet,
     "efficientnet_b0": published("efficientnet_b0"),
     "efficientnet_v2_s": efficientnet_v2,
     "googlenet": published("googlenet", init_weights=True),
@@ -131,17 +135,15 @@ MODELS: dict[str, Build] = {
     "mnasnet0_5": published("mnasnet0_5"),
     "mobilenet_v2": published("mobilenet_v2"),
     "mobilenet_v3_small": published("mobilenet_v3_small"),
-    "regnet_x_400mf": published("regnet_x_400mf"),
     "regnet_y_400mf": published("regnet_y_400mf"),
     "resnet18": published("resnet18"),
-    "resnext50_32x4d": resnet(groups=32, width_per_group=4),
+    "resnext50_32x4d": resnext,
     "shufflenet_v2_x0_5": published("shufflenet_v2_x0_5"),
     "squeezenet1_0": published("squeezenet1_0"),
     "swin_t": swin(7),
     "swin_v2_t": swin(8, block=SwinTransformerBlockV2, downsample_layer=PatchMergingV2),
     "vgg11": narrow_head("vgg11"),
     "vit_b_16": vit,
-    "wide_resnet50_2": resnet(width_per_group=128),
 }
 
 SIZE = 64  # of images: all others take it, and train on two; at 32 some BatchNorms see two values per channel
