@@ -157,7 +157,7 @@ def _runs(observation: Observation, name: str) -> Any:
             observation.add_weight_importance(f"{name}.weight", _squares_met(layer, args, kwargs))
         if observation.criterion == "output" and layer.inputs and layer.weights():
             given = inspect.signature(layer.forward).bind(*args, **kwargs).arguments
-            for what in set(layer.inputs) - set(layer.input_quantizers()):
+            for what in layer.float_inputs():
                 x = given[what].data if isinstance(given[what], PackedSequence) else given[what]
                 observation.add_moments(f"{name}.{what}", x)
 

@@ -123,7 +123,7 @@ def _over_ranks(trainer: Trainer, layers: Mapping[str, QuantizedLayer], observat
                 sketch.extremes = strategy.reduce(sketch.extremes, reduce_op="max")
         if observation.criterion == "output":
             device = float64_device(next(layer.parameters()))
-            for what in sorted(set(layer.inputs) - set(layer.input_quantizers())):
+            for what in layer.float_inputs():
                 zeros = torch.zeros(3, dtype=torch.float64, device=device)
                 moments = observation.moments.get(f"{name}.{what}", zeros)
                 observation.moments[f"{name}.{what}"] = strategy.reduce(moments, reduce_op="sum")

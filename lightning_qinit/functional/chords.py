@@ -32,9 +32,7 @@ EVERY = 4  # steps between two looks at what is clipped
 ALL = 0.999  # of the energy
 PARTS = 4  # that an interval is split into
 SPLITS = 4  # how often at most
-NARROW = (
-    0.5  # how wide all intervals of a row may be, relative to the step and times levels: as many breakpoints, about
-)
+NARROW = 0.5  # how wide the intervals of a row may be in all, relative to the step and times the number of levels
 BRACKETS = 16  # of a row at most; one around all if there were more
 GLANCE = 128  # values of a row that a usual step is guessed from
 CHUNK = 2**17  # values at a time

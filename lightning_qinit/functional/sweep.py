@@ -228,9 +228,7 @@ def _best(rows: Rows, levels: Tensor, bracket: Bracket, counted: Counted | None)
     if len(rows.x) == 1:
         rows = condense(rows, levels, bracket)
         counted = count_breakpoints(rows, levels, bracket)
-        if (
-            int(counted.moves.abs().sum()) > 4 * MAX_BREAKPOINTS
-        ):  # one huge row: halve the bracket, so memory is bounded
+        if int(counted.moves.abs().sum()) > 4 * MAX_BREAKPOINTS:  # halve the bracket, so that memory is bounded
             if halves := _halves(bracket):
                 high, low = (_best(rows, levels, half, None) for half in halves)
                 return low if bool(low[1] * TIE > high[1]) else high

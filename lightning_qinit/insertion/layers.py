@@ -106,6 +106,10 @@ class QuantizedLayer(nn.Module):
         """By what they quantize: ``"input"``, or the names of the inputs."""
         return _by_name(self.input_quantizer, "input")
 
+    def float_inputs(self) -> list[str]:
+        """The names of the inputs that have no quantizer."""
+        return [what for what in self.inputs if what not in self.input_quantizers()]
+
     def quantizers(self) -> dict[str, Quantizer]:
         """All that there are, those of weights first."""
         return self.weight_quantizers() | self.input_quantizers()
