@@ -114,7 +114,7 @@ def _solve(rows: Rows, levels: Tensor) -> tuple[Tensor, ...]:
     if x.numel() == 0:
         one = x.new_ones(len(x))
         return one, 0 * one, 0 * one, one / 0
-    low, high = x.aminmax(dim=1)
+    low, high = x.amin(1), x.amax(1)
     exponent = torch.frexp(torch.maximum(-low, high)).exponent
     unit = rows._replace(x=x * torch.ldexp(x.new_ones(len(x)), -exponent)[:, None])  # exact, and keeps squares in range
     bracket = outer_bracket(unit.x, levels)
@@ -143,7 +143,7 @@ def _in_brackets(rows: Rows, levels: Tensor, row: Tensor, bracket: Bracket) -> t
     several = rows if len(row) == len(rows.x) else rows.take(row)
     if rows.mean is not None:
         scale, error = least_in(several, levels, bracket)
-        low, high = rows.x.aminmax(dim=1)
+        low, high = rows.x.amin(1), rows.x.amax(1)
         return _first(scale, -error, row, len(rows.x))[0], (low * levels[0] > 0) | (high * levels[-1] > 0)
     scale, score = best_in(several, levels, bracket)
     scale, score = _first(scale, score, row, len(rows.x))
@@ -163,11 +163,8 @@ def _first(scale: Tensor, score: Tensor, row: Tensor, rows: int) -> tuple[Tensor
 def _polish(rows: Rows, levels: Tensor, scale: Tensor) -> Tensor:
     """Recompute ``A/B`` at the nearest assignment: the same optimum without the rounding of long sums."""
     for _ in range(2):
-        a, b = torch.zeros_like(scale), torch.zeros_like(scale)
-        for x, w, *_ in rows.chunks():
-            level = nearest(x, scale[:, None], levels)
-            a += (w * x * level).sum(1)
-            b += (w * level.square()).sum(1)
+        parts = [part.products(nearest(part.x, scale[:, None], levels)) for part in rows.chunks()]
+        a, b = torch.stack(parts).sum(0)
         before, scale = scale, torch.where((a > 0) & (b > 0), a / torch.where(b > 0, b, 1.0), scale)
         if bool(((scale - before).abs() <= 1e-14 * scale).all()):
             break

@@ -63,6 +63,13 @@ class Rows(NamedTuple):
         total = values.new_zeros(len(values), int(self.output.max()) + 1)
         return total.scatter_add_(1, self.output, values)
 
+    def products(self, level: Tensor) -> Tensor:
+        """``A`` and ``B`` of the values, each assigned to a level, ``(2, rows)``."""
+        if alike(self.w):
+            return torch.stack((torch.linalg.vecdot(self.x, level), torch.linalg.vecdot(level, level))) * self.w[0, 0]
+        weighted = self.w * level
+        return torch.stack((torch.linalg.vecdot(self.x, weighted), torch.linalg.vecdot(level, weighted)))
+
     def energy(self) -> Tensor:
         """``S``: the error where every level is 0, ``(rows,)``."""
         energy = (self.w * self.x.square()).sum(1)

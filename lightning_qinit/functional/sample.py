@@ -42,7 +42,7 @@ class Sample:
         """The values of a tensor: one group, or one per index of ``channel_axis``."""
         rows = to_rows(x.detach().to(float64_device(x)), channel_axis)
         if rows.shape[1]:
-            minimum, maximum = rows.aminmax(dim=1)
+            minimum, maximum = rows.amin(1), rows.amax(1)
         else:
             minimum = maximum = rows.new_zeros(len(rows))
         weights = torch.ones((), dtype=rows.dtype, device=rows.device).expand_as(rows)

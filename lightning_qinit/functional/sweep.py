@@ -113,15 +113,18 @@ def sweep(rows: Rows, levels: Tensor, bracket: Bracket, counted: Counted | None 
     upwards = moves.flatten()[point] > 0
     sign = torch.where(upwards, 1, -1)
     below = start.flatten()[point].to(torch.int64) + nth * sign - torch.where(upwards, 0, 1)  # the lower of two levels
-    at = rows.x.flatten()[point] / thresholds(levels)[below]
-    gain, move = _gain(rows), levels.diff()[below] * sign
-    square = levels.square().diff()[below] * sign
-    parts = [gain.flatten()[point] * move, rows.w.flatten()[point] * square]
-    if rows.mean is not None:
-        parts.append(rows.mean.flatten()[point] * move)
-    if rows.output is not None:
-        parts.append(rows.output.flatten()[point].to(at))
-    delta = torch.stack(parts)
+    x = rows.x.flatten()[point]
+    at = x / thresholds(levels)[below]
+    move, square = levels.diff()[below] * sign, levels.square().diff()[below] * sign
+    if rows.mean is None:
+        gain = None
+        delta = torch.stack((x * move, square)) * _at(rows.w, point)
+    else:
+        gain = _gain(rows)
+        parts = [gain.flatten()[point] * move, _at(rows.w, point) * square, _at(rows.mean, point) * move]
+        if rows.output is not None:
+            parts.append(rows.output.flatten()[point].to(at))
+        delta = torch.stack(parts)
 
     if len(rows.x) > 1:  # one line per row; shorter ones are padded at the end
         place = row * width + torch.arange(len(point), device=point.device) - (total.cumsum(0) - total)[row]
@@ -131,7 +134,9 @@ def sweep(rows: Rows, levels: Tensor, bracket: Bracket, counted: Counted | None 
     at = at.clamp(bracket.lower[:, None], bracket.upper[:, None])
 
     level = start + levels[0] if is_run(levels) else levels[start.to(torch.int64)]
-    initial = torch.stack(((gain * level).sum(1), (rows.w * level.square()).sum(1)))
+    initial = rows.products(level)
+    if gain is not None:
+        initial[0] = (gain * level).sum(1)
     delta = delta.view(len(delta), len(total), width).gather(2, order.expand(len(delta), -1, -1))
     a, b = torch.cat((initial[:, :, None], delta[:2]), dim=2).cumsum(2)
     if rows.mean is not None:
@@ -142,6 +147,11 @@ def sweep(rows: Rows, levels: Tensor, bracket: Bracket, counted: Counted | None 
         a=a,
         b=b,
     )
+
+
+def _at(part: Tensor, point: Tensor) -> Tensor:
+    """The numbers at flat indices; or the one, if all are alike."""
+    return part[0, 0] if alike(part) else part.flatten()[point]
 
 
 def _gain(rows: Rows) -> Tensor:
@@ -206,7 +216,7 @@ def in_parts(
     if len(rows.x) == 1:  # which may be too long to count all at once
         return solve(rows, bracket, None, slice(None))
     start, moves = count_breakpoints(rows, levels, bracket)
-    most = max(1, int(moves.abs().sum(1).max()))
+    most = max(1, int(torch.linalg.vector_norm(moves.double(), 1, dim=1).max()))
     group = max(1, at_once(MAX_BREAKPOINTS, rows.x) // most)
     parts = []
     for first in range(0, len(rows.x), group):
