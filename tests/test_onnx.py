@@ -213,7 +213,7 @@ def test_batchnorm_is_folded_into_the_steps(per_channel: bool, tmp_path: Path):
         nn.init.normal_(norm.bias)
     x = torch.randn(16, 2, 6, 6)
     module.train()(x)
-    prepare(module.eval(), per_channel=per_channel, first_last_bits=None)
+    prepare(module.eval(), weight_bits=8, activation_bits=8, per_channel=per_channel, first_last_bits=None)
     calibrate(module, [x])
     export_onnx(module, x, tmp_path / "model.onnx", batchnorm=True)
     graph = onnx.load(tmp_path / "model.onnx")
@@ -221,9 +221,24 @@ def test_batchnorm_is_folded_into_the_steps(per_channel: bool, tmp_path: Path):
     assert {node.op_type for node in graph.graph.node} == {"QuantizeLinear", "DequantizeLinear", "Conv", "Relu"}
     used = {name for node in graph.graph.node for name in node.input}
     assert all(tensor.name in used for tensor in graph.graph.initializer)
-    assert types(tmp_path / "model.onnx") == {"INT4", "UINT4"}
+    assert types(tmp_path / "model.onnx") == {"INT8", "UINT8"}
     actual, expected = run(tmp_path / "model.onnx", x), module(x).detach()
     # a value of the hidden layer may fall on the other side of a rounding boundary
+    differs = (actual - expected).abs() > 1e-4 * expected.abs().max()
+    assert differs.double().mean() < 1e-3
+
+
+def test_batchnorm_stays_where_no_kernel_would_be_won_and_the_bias_lost(tmp_path: Path):
+    torch.manual_seed(0)
+    module = nn.Sequential(*(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU()) for _ in range(3)))
+    x = torch.randn(64, 4, 12, 12)
+    module.train()(x)
+    prepare(module.eval())  # 4 bits; the first and the last layer have 8
+    calibrate(module, [x])
+    export_onnx(module, x, tmp_path / "model.onnx", batchnorm=True)
+    kinds = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
+    assert kinds.count("BatchNormalization") == 1
+    actual, expected = run(tmp_path / "model.onnx", x), module(x).detach()
     differs = (actual - expected).abs() > 1e-4 * expected.abs().max()
     assert differs.double().mean() < 1e-3
 

@@ -6,11 +6,12 @@ import numpy as np
 
 
 def fold_batchnorm(model: Any) -> None:
-    """Fold BatchNormalization into the steps and the bias of convolutions with integer weights, in place.
+    """Fold BatchNormalization into the steps and the bias of convolutions of 8-bit codes, in place.
 
     The codes stay: ``(w * codes) * x`` followed by ``g * (. - m) + b`` is a convolution of the same codes with the step
     ``w * g`` and the bias ``b - g * m``. Runtimes with integer kernels look for nothing between the convolution and the
-    quantizer after it.
+    quantizer after it. They round the bias to a multiple of the product of both steps, which is little at 8 bits only;
+    for fewer there are no kernels, but onnxruntime rounds the bias all the same, so BatchNorm stays there.
 
     Args:
         model: an ``onnx_ir.Model``. What it no longer uses stays among its initializers.
@@ -25,10 +26,22 @@ def fold_batchnorm(model: Any) -> None:
         step = _constant(weight.inputs[1]) if weight is not None and weight.op_type == "DequantizeLinear" else None
         if step is None or bias is None or any(value is None for value in constants):
             continue  # no integers, or numbers that are computed
+        if not (_bytes(weight.inputs[0]) and _bytes(conv.inputs[0])):
+            continue
         gain, shift, mean, variance = constants
         factor = gain / np.sqrt(variance + norm.attributes["epsilon"].as_float())
         scale, offset = _initializers(model, norm.name, step * factor, shift + (bias - mean) * factor)
         _replace(model, weight, scale, conv, norm, offset)
+
+
+def _bytes(value: Any) -> bool:
+    """Whether these are codes of 8 bits, or come from such."""
+    import onnx_ir as ir
+
+    producer = value.producer()
+    if producer is None or producer.op_type == "QuantizeLinear":
+        return value.dtype in (ir.DataType.INT8, ir.DataType.UINT8)
+    return producer.op_type in ("DequantizeLinear", "MaxPool", "Relu") and _bytes(producer.inputs[0])
 
 
 def _constant(value: Any) -> Any:

@@ -55,8 +55,9 @@ def export_onnx(
         module: a calibrated module in float32; it is not changed.
         sample: what the module is called with: a tensor, a tuple of arguments, or a mapping of keyword arguments.
         path: where to write.
-        batchnorm: fold BatchNorm into the steps and the bias of the convolution before it, which changes outputs by
-            float rounding only and lets runtimes with integer kernels use them.
+        batchnorm: fold BatchNorm into the steps and the bias of the convolution before it, where the codes of input and
+            weight have 8 bits. This changes outputs by float rounding only and lets runtimes with integer kernels use
+            them; those round the bias, and so may differ by a little more.
         **options: passed on to ``torch.onnx.export``, such as ``input_names`` or ``dynamic_shapes``.
 
     Returns:
