@@ -17,6 +17,7 @@ from lightning_qinit.calibration import check_weights, set_statistics, warn_blin
 from lightning_qinit.calibration.initialize import WIDTHS
 from lightning_qinit.calibration.run import choose_in_training
 from lightning_qinit.checkpoint import differences, has_quantizers, saved_settings
+from lightning_qinit.checks import check, check_whole, is_number
 from lightning_qinit.config import CalibrationConfig, LayerConfig, QuantConfig, plain, shorten
 from lightning_qinit.export.best import check_calibrated, check_can_export, check_path, export_best
 from lightning_qinit.initializers import Initializer
@@ -174,18 +175,14 @@ class QuantInitCallback(Callback):
             average_bits=average_bits,
             recalibrate_batchnorm=recalibrate_batchnorm,
         )
-        if isinstance(step_lr_scale, bool) or not (isinstance(step_lr_scale, (int, float)) and step_lr_scale > 0):
-            raise ValueError(f"`step_lr_scale` must be a positive number, got {step_lr_scale!r}.")
-        self.step_lr_scale = float(step_lr_scale)
         if average_bits is not None:
             default.check_widths(WIDTHS)
-        for argument, value, least in (("log_costly_every", log_costly_every, 1), ("log_figures", log_figures, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"`{argument}` must be a whole number of at least {least}, got {value!r}.")
+        check("step_lr_scale", step_lr_scale, is_number(step_lr_scale) and step_lr_scale > 0, "a positive number")
+        check_whole("log_costly_every", log_costly_every, 1)
+        check_whole("log_figures", log_figures, 0)
         for argument, share in (("damp_oscillation", damp_oscillation), ("freeze_oscillating", freeze_oscillating)):
-            number = isinstance(share, (int, float)) and not isinstance(share, bool)
-            if share is not None and not (number and share >= 0):
-                raise ValueError(f"`{argument}` must be a number of at least 0, got {share!r}.")
+            check(argument, share, share is None or (is_number(share) and share >= 0), "a number of at least 0")
+        self.step_lr_scale = float(step_lr_scale)
         self.damp_oscillation, self.freeze_oscillating = damp_oscillation or 0.0, freeze_oscillating
         self.quantities = choose_quantities(log_quantizers)
         self.log_costly_every, self.log_figures = log_costly_every, log_figures

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from lightning_qinit.checks import check, check_bits, check_flag, check_whole, is_number
 from lightning_qinit.functional.sample import Sample
 from lightning_qinit.initializers import INITIALIZERS, Initializer, initialize
 from lightning_qinit.quantizers import Quantizer
@@ -57,8 +58,7 @@ class LayerConfig:
     def __post_init__(self) -> None:
         for argument in ("weight_bits", "activation_bits", "first_last_bits"):
             check_bits(argument, getattr(self, argument))
-        if not isinstance(self.per_channel, bool):
-            raise ValueError(f"`per_channel` must be True or False, got {self.per_channel!r}.")
+        check_flag("per_channel", self.per_channel)
         for role in ROLES:
             self.make_quantizer(role)
             self.initializer_of(role)
@@ -209,23 +209,14 @@ class CalibrationConfig:
     recalibrate_batchnorm: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.batches, bool) or not isinstance(self.batches, int) or self.batches < 1:
-            raise ValueError(f"`calibration_batches` must be a whole number of at least 1, got {self.batches!r}.")
-        if self.criterion not in ("mse", "fisher", "hessian", "output"):
-            raise ValueError(f"`criterion` must be 'mse', 'fisher', 'hessian' or 'output', got {self.criterion!r}.")
-        for argument in ("sequential", "recalibrate_batchnorm"):
-            if not isinstance(getattr(self, argument), bool):
-                raise ValueError(f"`{argument}` must be True or False, got {getattr(self, argument)!r}.")
+        check_whole("calibration_batches", self.batches, 1)
+        criteria = "'mse', 'fisher', 'hessian' or 'output'"
+        check("criterion", self.criterion, self.criterion in ("mse", "fisher", "hessian", "output"), criteria)
+        check_flag("sequential", self.sequential)
+        check_flag("recalibrate_batchnorm", self.recalibrate_batchnorm)
         average = self.average_bits
-        number = isinstance(average, (int, float)) and not isinstance(average, bool)
-        if average is not None and not (number and 2 <= average <= 8):
-            raise ValueError(f"`average_bits` must be a number from 2 to 8, or None, got {average!r}.")
-
-
-def check_bits(argument: str, bits: int | None) -> None:
-    """Raise ``ValueError`` unless ``bits`` is a whole number from 1 to 8, or ``None``."""
-    if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8):
-        raise ValueError(f"`{argument}` must be a whole number from 1 to 8, or None, got {bits!r}.")
+        fits = average is None or (is_number(average) and 2 <= average <= 8)
+        check("average_bits", average, fits, "a number from 2 to 8, or None")
 
 
 def quantizer_factory(choice: QuantizerChoice, argument: str = "quantizer") -> Callable[..., Quantizer]:

@@ -14,15 +14,12 @@ Beyond the grid, steps are excluded by what is clipped and by the dead zone, as 
 :mod:`~lightning_qinit.functional.bracket`.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from lightning_qinit.functional.bracket import reach
-from lightning_qinit.functional.levels import is_run
-from lightning_qinit.functional.nearest import nearest_level
-from lightning_qinit.functional.rows import Rows, alike, at_once, squared_error
+from lightning_qinit.functional.errors import CHUNK, Errors, Grid
+from lightning_qinit.functional.rows import Rows, at_once, squared_error
 from lightning_qinit.functional.sweep import Bracket
 
 FIRST = (2.0, 1.0, 0.5, 0.25, 0.125)  # where the grid may begin, in its units of the inverse step
@@ -35,15 +32,6 @@ SPLITS = 4  # how often at most
 NARROW = 0.5  # how wide the intervals of a row may be in all, relative to the step and times the number of levels
 BRACKETS = 16  # of a row at most; one around all if there were more
 GLANCE = 128  # values of a row that a usual step is guessed from
-CHUNK = 2**17  # values at a time
-
-
-class Grid(NamedTuple):
-    """Errors at falling steps, ``(steps, n)``: squared errors of the values, and those of outputs if they are asked."""
-
-    step: Tensor
-    square: Tensor
-    error: Tensor
 
 
 def scan(rows: Rows, levels: Tensor, bracket: Bracket) -> tuple[Tensor, Bracket]:
@@ -66,8 +54,42 @@ def scan(rows: Rows, levels: Tensor, bracket: Bracket) -> tuple[Tensor, Bracket]
 
 
 def _scan(rows: Rows, levels: Tensor, bracket: Bracket) -> tuple[Tensor, Bracket]:
-    errors = _Errors(rows, levels)
-    usual = _usual(errors.rows, errors.levels, bracket.upper)
+    errors = Errors(rows, levels)
+    grid, limit, end, closed = _grid(errors, bracket.upper)
+    idle = grid.error.amin(0) >= ALL * errors.energy  # all zero, or of the sign that no level has: nothing to narrow
+    ends = [
+        (idle, bracket.lower, bracket.upper),
+        (end.isinf() & ~idle, grid.step[0], bracket.upper),
+        (~closed & ~idle, bracket.lower, grid.step[-1]),
+    ]
+    row = torch.arange(len(idle), device=idle.device)
+    row, grid = _possible(row[~idle], Grid(*(part[:, ~idle] for part in grid)), errors.energy, limit, end)
+    for _ in range(SPLITS):
+        if float((grid.step[0] / grid.step[1] - 1).sum()) * len(levels) < NARROW * len(idle):
+            break
+        first, last = 1 / grid.step
+        inner = errors.at(torch.stack([first + (last - first) * (i / PARTS) for i in range(1, PARTS)]), row)
+        limit = torch.minimum(limit, _least(errors, row, inner))
+        grid = Grid(*(torch.cat((a[:1], b, a[1:])) for a, b in zip(grid, inner, strict=True)))
+        row, grid = _possible(row, grid, errors.energy, limit, end)
+    pieces = [(row, grid.step[1], grid.step[0])]
+    pieces += [(which.nonzero()[:, 0], low[which], high[which]) for which, low, high in ends]
+    row, lower, upper = (torch.cat(part) for part in zip(*pieces, strict=True))
+    return _joined(row, Bracket(lower, upper), bracket, len(levels))
+
+
+def _grid(errors: Errors, other: Tensor) -> tuple[Grid, Tensor, Tensor, Tensor]:
+    """The first grid of every row, down to where the best step cannot be.
+
+    Args:
+        errors: of the rows.
+        other: a step for rows that no level is of use for.
+
+    Returns:
+        The grid; what the error at the best step is not above; the least step of the grid from which on the dead zone
+        excludes all, infinite if none; and whether what is clipped excludes all below the grid.
+    """
+    usual = _usual(errors.rows, errors.levels, other)
     grid = errors.at((1 / usual)[None])
     limit = errors.reached(grid.step[0], grid.error[0])
     share = (grid.square[0] / errors.energy).nan_to_num(1.0)
@@ -90,25 +112,7 @@ def _scan(rows: Rows, levels: Tensor, bracket: Bracket) -> tuple[Tensor, Bracket
                 break
     limit = torch.minimum(limit, _least(errors, row, grid))
     end = torch.where(torch.stack(dead[::-1]) > limit, grid.step[: len(dead)], torch.inf).amin(0)
-    idle = grid.error.amin(0) >= ALL * errors.energy  # all zero, or of the sign that no level has: nothing to narrow
-    ends = [
-        (idle, bracket.lower, bracket.upper),
-        (end.isinf() & ~idle, grid.step[0], bracket.upper),
-        (~(clipped > limit) & ~idle, bracket.lower, grid.step[-1]),
-    ]
-    row, grid = _possible(row[~idle], Grid(*(part[:, ~idle] for part in grid)), errors.energy, limit, end)
-    for _ in range(SPLITS):
-        if float((grid.step[0] / grid.step[1] - 1).sum()) * len(levels) < NARROW * len(usual):
-            break
-        first, last = 1 / grid.step
-        inner = errors.at(torch.stack([first + (last - first) * (i / PARTS) for i in range(1, PARTS)]), row)
-        limit = torch.minimum(limit, _least(errors, row, inner))
-        grid = Grid(*(torch.cat((a[:1], b, a[1:])) for a, b in zip(grid, inner, strict=True)))
-        row, grid = _possible(row, grid, errors.energy, limit, end)
-    pieces = [(row, grid.step[1], grid.step[0])]
-    pieces += [(which.nonzero()[:, 0], low[which], high[which]) for which, low, high in ends]
-    row, lower, upper = (torch.cat(part) for part in zip(*pieces, strict=True))
-    return _joined(row, Bracket(lower, upper), bracket, len(levels))
+    return grid, limit, end, clipped > limit
 
 
 def _possible(row: Tensor, grid: Grid, energy: Tensor, limit: Tensor, end: Tensor) -> tuple[Tensor, Grid]:
@@ -121,7 +125,7 @@ def _possible(row: Tensor, grid: Grid, energy: Tensor, limit: Tensor, end: Tenso
     return row[column], Grid(*(torch.stack((part[k, column], part[k + 1, column])) for part in grid))
 
 
-def _least(errors: "_Errors", row: Tensor, grid: Grid) -> Tensor:
+def _least(errors: Errors, row: Tensor, grid: Grid) -> Tensor:
     """The least error reached by each row on the grids of its intervals."""
     error, index = grid.error.min(0, keepdim=True)
     step = grid.step.gather(0, index)[0]
@@ -148,79 +152,6 @@ def _joined(row: Tensor, found: Bracket, within: Bracket, levels: int) -> tuple[
     upper = torch.zeros(count).to(upper).scatter_reduce_(0, index, upper, "amax")
     least, most = within.lower[row], within.upper[row]
     return row, Bracket(lower.clamp(least, most), upper.clamp(least, most))
-
-
-class _Errors:
-    """Errors of rows, in float32."""
-
-    def __init__(self, rows: Rows, levels: Tensor) -> None:
-        w = rows.w[:1, :1].float().expand_as(rows.w) if alike(rows.w) else rows.w.float()
-        self.rows = Rows(rows.x.float(), w, None if rows.mean is None else rows.mean.float(), rows.output)
-        self.levels, self.run = levels.float(), is_run(levels)
-        self.outer = float(levels[0]), float(levels[-1])
-        self.zone = float(levels[levels != 0].abs().min()) / 2
-        self.energy = self._sum(self.rows, self.rows.x.square())
-        # Of errors, relative: of long sums, and of levels that are as near but for rounding; and of the energy: of
-        # values, in products with errors.
-        fineness = float(levels.abs().max() / levels.diff().min())
-        self.rounding = 2.0**-17 + fineness * 2.0**-19
-        self.small = 2.0**-45 / self.rounding
-
-    def at(self, inverse: Tensor, row: Tensor | None = None) -> Grid:
-        """Errors at the steps ``1 / inverse``, ``(steps, n)``: for each row, or for each of the given ones."""
-        inverse = inverse.float()
-        step = inverse.reciprocal()
-        group = max(1, at_once(CHUNK, self.rows.x) // self.rows.x.shape[1])
-        parts = []
-        for first in range(0, inverse.shape[1], group):
-            index = slice(first, first + group)
-            rows = self.rows if row is None else self.rows.take(row[index])
-            parts.append(self._at(rows, inverse[:, index, None], step[:, index, None]))
-        square, error = (torch.cat(part, 1) for part in zip(*parts, strict=True)) if parts else (step, step)
-        return Grid(step.double(), square.double(), error.double())
-
-    def _at(self, rows: Rows, inverse: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-        level, rest = torch.empty_like(rows.x), torch.empty_like(rows.x)
-        squares, biases = [], []
-        for i in range(len(step)):
-            self._round(rows.x, inverse[i], level)
-            torch.addcmul(rows.x, level, step[i], value=-1, out=rest)
-            if rows.mean is not None:
-                biases.append(rows.sums(rest).square().sum(1))
-            squares.append(self._sum(rows, rest.square_()))
-        square = torch.stack(squares)
-        return square, square + torch.stack(biases) if biases else square
-
-    def _round(self, x: Tensor, inverse: Tensor, level: Tensor) -> Tensor:
-        torch.mul(x, inverse, out=level)
-        if self.run:
-            return level.round_().clamp_(*self.outer)
-        return level.copy_(nearest_level(level, self.levels))
-
-    def _sum(self, rows: Rows, squares: Tensor) -> Tensor:
-        """The weighted sum; the squares are lost."""
-        if alike(rows.w):
-            return squares.sum(1).double() * rows.w[0, 0].double()
-        return squares.mul_(rows.w).sum(1).double()
-
-    def reached(self, step: Tensor, error: Tensor) -> Tensor:
-        """What the error at a step is not above; of outputs, but for levels that are equally near."""
-        if self.rows.mean is not None:
-            error = squared_error(self.rows, self.levels, step.float()).double()
-        return error * (1 + self.rounding) + self.small * self.energy
-
-    def dead(self, inverse: Tensor) -> Tensor:
-        """The error of points nearest to level 0, which only falls as the step does: those nearer than any other is."""
-        inverse = inverse[:, None].float()
-        values = self.rows.x * inverse
-        values -= torch.nn.functional.hardshrink(values, self.zone)
-        return self._sum(self.rows, values.square_()) / inverse[:, 0].double().square()
-
-    def clipped(self, step: Tensor) -> Tensor:
-        """The error of the points beyond the outer levels, which only grows as the step falls."""
-        x, step = self.rows.x, step[:, None].float()
-        over = (x - step * self.outer[1]).clamp_(min=0).maximum(step * self.outer[0] - x)
-        return self._sum(self.rows, over.square_())
 
 
 def _usual(rows: Rows, levels: Tensor, other: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not listed
 
+from lightning_qinit.checks import check
+
 log = logging.getLogger(__name__)
 
 Kernels = Literal["auto", "compiled", "eager"]
@@ -26,8 +28,7 @@ UNROLLED = 32  # levels up to which comparing with every threshold is faster tha
 
 def check_kernels(kernels: Kernels) -> Kernels:
     """The setting, or ``ValueError`` if it is none."""
-    if kernels not in get_args(Kernels):
-        raise ValueError(f"`kernels` must be 'auto', 'compiled' or 'eager', got {kernels!r}.")
+    check("kernels", kernels, kernels in get_args(Kernels), "'auto', 'compiled' or 'eager'")
     return kernels
 
 

@@ -1,0 +1,71 @@
+"""Layers of one weight, in which their output is linear."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from lightning_qinit.insertion.layers.base import QuantizedLayer
+from lightning_qinit.quantizers import Quantizer
+from lightning_qinit.quantizers.fused import Operand, fused
+from lightning_qinit.quantizers.operation import Operation, Product
+
+PRODUCT = Product()
+
+
+class OneWeight(QuantizedLayer):
+    weight: Tensor
+    bias: Any  # a parameter, or None
+
+    @property
+    def linear(self) -> bool:
+        return True
+
+    def inputs_met(self, what: str) -> tuple[str, ...]:
+        return self.inputs
+
+    def compute(self, x: Tensor, operation: Operation | None, plain: Callable[..., Tensor]) -> Tensor:
+        """The operation on the quantized input and the quantized weight, in the dtype that autocast would cast them to.
+
+        Args:
+            x: the input.
+            operation: the operation, to be done in one with quantization; ``None`` if that is not to be had.
+            plain: the operation as a function of input, weight and bias.
+        """
+        device = x.device.type
+        dtype = None
+        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        if operation is not None and not torch.compiler.is_compiling() and type(x) is Tensor and x.numel():
+            inputs, weights = (
+                _operand(self.input_quantizer, x, dtype),
+                _operand(self.weight_quantizer, self.weight, dtype),
+            )
+            if inputs is not None and weights is not None and (inputs.how or weights.how):
+                bias = self.bias if self.bias is None or dtype is None else self.bias.to(dtype)
+                with torch.autocast(device, enabled=False) if dtype else nullcontext():
+                    return fused(operation, inputs, weights, bias)
+        return plain(self.quantize_input(x, dtype=dtype), self.quantize_weight(self.weight, dtype=dtype), self.bias)
+
+
+def _operand(quantizer: nn.Module | None, x: Tensor, dtype: torch.dtype | None) -> Operand | None:
+    if quantizer is None:
+        return Operand(x if dtype is None else x.to(dtype))
+    return quantizer.operand(x, dtype) if isinstance(quantizer, Quantizer) else None
+
+
+class QuantLinear(OneWeight, nn.Linear):
+    float_class = nn.Linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.compute(input, PRODUCT, F.linear)
+
+
+class QuantOutProjection(QuantLinear):
+    """The output projection of an attention layer, a subclass of ``Linear`` that torch keeps for itself."""
+
+    float_class = NonDynamicallyQuantizableLinear
