@@ -1,26 +1,35 @@
-"""How the cost of calibration and of a training step grows with layers, channels, bits and batches.
+"""How the cost of calibration and of a training step grows with layers, channels, bits, batches and ranks.
 
 python examples/benchmarks/scaling.py
 
 A tower of convolutions with BatchNorm and ReLU. One thing grows at a time; times are relative to the float model of the
-same size: calibration to the same forward passes, the training step to a float step.
+same size: calibration to the same forward passes, the training step to a float step. Ranks are processes of one thread
+under DDP; they share the batches of calibration, and each passes only its own.
 """
 
 import argparse
 import copy
+import json
+import logging
 import statistics
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from result import write
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_qinit import calibrate, prepare
+from lightning_qinit import QuantInitCallback, calibrate, prepare
 
 BASE = {"layers": 4, "channels": 32, "bits": 4, "batches": 4}
 GROWTH = {"layers": (4, 8, 16), "channels": (32, 64, 128), "bits": (2, 4, 8), "batches": (4, 16, 64)}
+RANKS, SHARED = (1, 2), 16  # batches of calibration, over all ranks
 
 
 def tower(layers: int, channels: int) -> nn.Sequential:
@@ -71,27 +80,110 @@ def measure(layers: int, channels: int, bits: int, batches: int, batch: int, rep
     return {"calibration": statistics.median(calibrations), "step": statistics.median(steps)}
 
 
+class Tower(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tower(BASE["layers"], BASE["channels"])
+
+    def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
+        return self.net(batch[0]).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 1e-3, momentum=0.9)
+
+
+class Clock(pl.Callback):
+    """The seconds of forward passes, and of steps."""
+
+    def __init__(self, batches: int, x: Tensor) -> None:
+        self.batches, self.x = batches, x
+        self.passes, self.begin, self.steps = 0.0, 0.0, []
+
+    @torch.no_grad()
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        net = copy.deepcopy(pl_module.net).eval()
+        net(self.x)
+        self.passes = seconds(lambda: [net(self.x) for _ in range(self.batches)])
+
+    def on_train_batch_start(self, *arguments: Any) -> None:
+        self.begin = time.perf_counter()
+
+    def on_train_batch_end(self, *arguments: Any) -> None:
+        self.steps.append(time.perf_counter() - self.begin)
+
+
+class Timed(QuantInitCallback):
+    """Knows how long it calibrated."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.calibrated = seconds(lambda: QuantInitCallback.on_fit_start(self, trainer, pl_module))
+
+
+def train(ranks: int, batch: int) -> dict[str, float]:
+    """As a rank, or as the first, which starts the others."""
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    torch.manual_seed(0)
+    x = torch.randn(batch, 3, 32, 32)
+    data = DataLoader(TensorDataset(x.repeat(ranks * SHARED, 1, 1, 1)), batch)
+    timed = Timed(weight_bits=BASE["bits"], activation_bits=BASE["bits"], calibration_batches=SHARED)
+    timed.print_report = False
+    clocks = [Clock(-(-SHARED // ranks), x), Clock(0, x)]
+    for callbacks in ([clocks[0]], [timed, clocks[1]]):
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            strategy="ddp" if ranks > 1 else "auto",
+            devices=ranks,
+            max_epochs=1,
+            callbacks=callbacks,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(Tower(), data)
+    plain, quantized = (statistics.median(clock.steps[2:]) for clock in clocks)
+    return {"calibration": timed.calibrated / clocks[0].passes, "step": quantized / plain}
+
+
+def apart(ranks: int, batch: int) -> dict[str, float]:
+    """:func:`train` in processes of their own."""
+    command = [sys.executable, __file__, "--train", str(ranks), "--batch", str(batch)]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads([line for line in output.splitlines() if line.startswith("{")][0])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
     parser.add_argument("--json", default="scaling.json", help="where to write the result")
+    parser.add_argument("--train", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.train:
+        print(json.dumps(train(arguments.train, arguments.batch)), flush=True)
+        return
     warnings.filterwarnings("ignore")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     measure(**BASE, batch=arguments.batch, repeats=1)  # warm up
-    rows = []
+    rows: list[dict[str, Any]] = []
+
+    def add(grown: str, size: int, result: dict[str, float]) -> None:
+        rows.append({"grown": grown, "size": size, **result})
+        print(
+            f"{grown:9s} {size:4d}   calibration {result['calibration']:6.2f}   step {result['step']:5.2f}", flush=True
+        )
+
     for grown, sizes in GROWTH.items():
         for size in sizes:
-            result = measure(**{**BASE, grown: size}, batch=arguments.batch, repeats=arguments.repeats)
-            rows.append({"grown": grown, "size": size, **result})
-            print(
-                f"{grown:9s} {size:4d}   calibration {result['calibration']:6.2f}   step {result['step']:5.2f}",
-                flush=True,
-            )
+            add(grown, size, measure(**{**BASE, grown: size}, batch=arguments.batch, repeats=arguments.repeats))
+    for ranks in RANKS:
+        results = [apart(ranks, arguments.batch) for _ in range(arguments.repeats)]
+        add("ranks", ranks, {name: statistics.median(r[name] for r in results) for name in ("calibration", "step")})
     write(arguments, rows)
 
 
