@@ -15,6 +15,11 @@ def alike(w: Tensor) -> bool:
     return not any(w.stride())
 
 
+def weighted(values: Tensor, w: Tensor) -> Tensor:
+    """The weighted sum of every row, ``(rows,)``."""
+    return values.sum(1) * w[0, 0] if alike(w) and values.numel() else (values * w).sum(1)
+
+
 def at_once(values: int, x: Tensor) -> int:
     """How many values to take at a time, if so many are best for a core: what fits its cache, for each of them.
 
@@ -72,7 +77,7 @@ class Rows(NamedTuple):
 
     def energy(self) -> Tensor:
         """``S``: the error where every level is 0, ``(rows,)``."""
-        energy = (self.w * self.x.square()).sum(1)
+        energy = weighted(self.x.square(), self.w)
         return energy if self.mean is None else energy + self.sums(self.x).square().sum(1)
 
 
@@ -81,8 +86,9 @@ def squared_error(rows: Rows, levels: Tensor, scale: Tensor) -> Tensor:
     scale = scale[:, None]
     if rows.mean is not None:
         error = rows.x - scale * nearest(rows.x, scale, levels)
-        return rows.sums(error).square().sum(1) + (error.square_() * rows.w).sum(1)
+        return rows.sums(error).square().sum(1) + weighted(error.square_(), rows.w)
     total = torch.zeros_like(scale[:, 0])
     for part in rows.chunks():
-        total += ((part.x - scale * nearest(part.x, scale, levels)).square_() * part.w).sum(1)
+        error = nearest(part.x, scale, levels).mul_(-scale).add_(part.x)
+        total += weighted(error.square_(), part.w)
     return total

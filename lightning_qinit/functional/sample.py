@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_qinit.functional.determinism import any_order
 from lightning_qinit.functional.optimal import to_rows
-from lightning_qinit.functional.rows import Rows, squared_error
+from lightning_qinit.functional.rows import Rows, squared_error, weighted
 
 
 def float64_device(tensor: Tensor) -> torch.device:
@@ -69,12 +69,12 @@ class Sample:
     @cached_property
     def energy(self) -> Tensor:
         """Sum of squares of each group's data, ``(groups,)``."""
-        return (self.weights * self.values.square()).sum(1)
+        return weighted(self.values.square(), self.weights)
 
     def mean(self, values: Tensor) -> Tensor:
         """Weighted mean over each group of ``values``, ``(groups, n)``; 0 for a group without data."""
         count = self.count
-        return (self.weights * values).sum(1) / torch.where(count > 0, count, 1.0)
+        return weighted(values, self.weights) / torch.where(count > 0, count, 1.0)
 
     def deviation(self) -> Tensor:
         """Standard deviation of each group, ``(groups,)``."""
@@ -108,4 +108,4 @@ class Sample:
         scale = scale.to(self.values)[:, None]
         over = self.values > scale * (levels[-1] + (levels[-1] - levels[-2]) / 2)
         under = self.values < scale * (levels[0] - (levels[1] - levels[0]) / 2)
-        return float((self.weights * (over | under)).sum() / self.weights.sum().clamp(min=1))
+        return float(weighted(over | under, self.weights).sum() / self.count.sum().clamp(min=1))

@@ -45,7 +45,7 @@ def aciq(sample: Sample, levels: Tensor) -> Tensor:
         absolute, square = 2 * absolute, 2 * square
     ratio = absolute / torch.where(square > 0, square, 1.0).sqrt()
     middle = ((2 / torch.pi) ** 0.5 + 0.5**0.5) / 2
-    return torch.where(ratio > middle, aciq_gauss(sample, levels), aciq_laplace(sample, levels))
+    return torch.where(ratio > middle, _step(square.sqrt(), GAUSS, levels), _step(absolute, LAPLACE, levels))
 
 
 def _step(spread: Tensor, table: tuple[float, ...], levels: Tensor) -> Tensor:
