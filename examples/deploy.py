@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--data", default="digits", choices=["digits", "fashion-mnist", "cifar10"])
     parser.add_argument("--root", default="data", help="folder of torchvision's datasets, downloaded if absent")
     parser.add_argument("--out", default="classifier.onnx")
-    parser.add_argument("--batchnorm", action="store_true", help="fold BatchNorm into the steps where codes have 8 bits")
+    parser.add_argument("--batchnorm", action="store_true", help="fold BatchNorm into steps where codes have 8 bits")
     parser.add_argument("--latency", default="resnet18", help="model of torchvision to time in 8 bits; '' for none")
     parser.add_argument("--size", type=int, default=224, help="of the images of that model")
     arguments = parser.parse_args()
