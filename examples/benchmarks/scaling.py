@@ -127,8 +127,8 @@ def train(ranks: int, batch: int) -> dict[str, float]:
     torch.manual_seed(0)
     x = torch.randn(batch, 3, 32, 32)
     data = DataLoader(TensorDataset(x.repeat(ranks * SHARED, 1, 1, 1)), batch)
-    timed = Timed(weight_bits=BASE["bits"], activation_bits=BASE["bits"], calibration_batches=SHARED)
-    timed.print_report = False
+    bits = BASE["bits"]
+    timed = Timed(weight_bits=bits, activation_bits=bits, calibration_batches=SHARED, print_report=False)
     clocks = [Clock(-(-SHARED // ranks), x), Clock(0, x)]
     for callbacks in ([clocks[0]], [timed, clocks[1]]):
         trainer = pl.Trainer(

@@ -61,7 +61,8 @@ def pooled_table(rows: Sequence[Row], quantizer: str) -> str:
 def cifar10_table(rows: Sequence[Row]) -> str:
     """CIFAR-10 by itself, quantizer by quantizer."""
     found = [cell for cell in main_cells(rows) if cell.setting["task"] == "cifar10"]
-    return _against(found, [{"quantizer": quantizer} for quantizer in QUANTIZERS])
+    parts = {name: [cell for cell in found if cell.setting["quantizer"] == name] for name in QUANTIZERS}
+    return _against(*parts.values(), names=[f"{name}, " for name in parts])
 
 
 def norms_table(rows: Sequence[Row]) -> str:
@@ -75,18 +76,21 @@ def narrow_table(rows: Sequence[Row]) -> str:
     return _against(cells(small, "initializer"))
 
 
-def _against(found: Sequence[Cell], parts: Sequence[dict[str, str]] = ({},)) -> str:
+def _against(*parts: Sequence[Cell], names: Sequence[str] = ("",)) -> str:
     """For each width and other initializer, the differences over the cells; for parts of them, one after the other."""
-    lines = []
-    for part in parts:
-        these = [cell for cell in found if part.items() <= cell.setting.items()]
-        for bits in sorted({cell.setting["bits"] for cell in these}):
-            chosen = [cell for cell in these if cell.setting["bits"] == bits]
-            for other in OTHERS:
-                if any(cell.differences(MEASURES["final"], BASE, other) for cell in chosen):
-                    differences = [shown(pooled(chosen, m, BASE, other), m.better) for m in _compared()]
-                    lines.append([", ".join([*part.values(), f"{bits} bits", other]), *differences])
+    lines = [line for name, found in zip(names, parts, strict=True) for line in _lines(name, found)]
     return markdown([f"{BASE} less ...", *(m.title for m in _compared())], lines)
+
+
+def _lines(name: str, found: Sequence[Cell]) -> list[list[str]]:
+    lines = []
+    for bits in sorted({cell.setting["bits"] for cell in found}):
+        chosen = [cell for cell in found if cell.setting["bits"] == bits]
+        for other in OTHERS:
+            if any(cell.differences(MEASURES["final"], BASE, other) for cell in chosen):
+                differences = [shown(pooled(chosen, m, BASE, other), m.better) for m in _compared()]
+                lines.append([f"{name}{bits} bits, {other}", *differences])
+    return lines
 
 
 def _compared() -> list[Measure]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_qinit.functional.levels import is_run
 from lightning_qinit.functional.nearest import nearest_level
-from lightning_qinit.functional.rows import Rows, alike, at_once, squared_error
+from lightning_qinit.functional.rows import Rows, alike, at_once, squared_error, weighted
 
 CHUNK = 2**17  # values at a time
 
@@ -29,7 +29,7 @@ class Errors:
         self.levels, self.run = levels.float(), is_run(levels)
         self.outer = float(levels[0]), float(levels[-1])
         self.zone = float(levels[levels != 0].abs().min()) / 2
-        self.energy = self._sum(self.rows, self.rows.x.square())
+        self.energy = weighted(self.rows.x.square(), self.rows.w).double()
         # Of errors, relative: of long sums, and of levels that are as near but for rounding; and of the energy: of
         # values, in products with errors.
         fineness = float(levels.abs().max() / levels.diff().min())
@@ -57,7 +57,7 @@ class Errors:
             torch.addcmul(rows.x, level, step[i], value=-1, out=rest)
             if rows.mean is not None:
                 biases.append(rows.sums(rest).square().sum(1))
-            squares.append(self._sum(rows, rest.square_()))
+            squares.append(weighted(rest.square_(), rows.w).double())
         square = torch.stack(squares)
         return square, square + torch.stack(biases) if biases else square
 
@@ -66,12 +66,6 @@ class Errors:
         if self.run:
             return level.round_().clamp_(*self.outer)
         return level.copy_(nearest_level(level, self.levels))
-
-    def _sum(self, rows: Rows, squares: Tensor) -> Tensor:
-        """The weighted sum; the squares are lost."""
-        if alike(rows.w):
-            return squares.sum(1).double() * rows.w[0, 0].double()
-        return squares.mul_(rows.w).sum(1).double()
 
     def reached(self, step: Tensor, error: Tensor) -> Tensor:
         """What the error at a step is not above; of outputs, but for levels that are equally near."""
@@ -84,10 +78,10 @@ class Errors:
         inverse = inverse[:, None].float()
         values = self.rows.x * inverse
         values -= torch.nn.functional.hardshrink(values, self.zone)
-        return self._sum(self.rows, values.square_()) / inverse[:, 0].double().square()
+        return weighted(values.square_(), self.rows.w).double() / inverse[:, 0].double().square()
 
     def clipped(self, step: Tensor) -> Tensor:
         """The error of the points beyond the outer levels, which only grows as the step falls."""
         x, step = self.rows.x, step[:, None].float()
         over = (x - step * self.outer[1]).clamp_(min=0).maximum(step * self.outer[0] - x)
-        return self._sum(self.rows, over.square_())
+        return weighted(over.square_(), self.rows.w).double()

@@ -72,8 +72,8 @@ class Rows(NamedTuple):
         """``A`` and ``B`` of the values, each assigned to a level, ``(2, rows)``."""
         if alike(self.w):
             return torch.stack((torch.linalg.vecdot(self.x, level), torch.linalg.vecdot(level, level))) * self.w[0, 0]
-        weighted = self.w * level
-        return torch.stack((torch.linalg.vecdot(self.x, weighted), torch.linalg.vecdot(level, weighted)))
+        share = self.w * level
+        return torch.stack((torch.linalg.vecdot(self.x, share), torch.linalg.vecdot(level, share)))
 
     def energy(self) -> Tensor:
         """``S``: the error where every level is 0, ``(rows,)``."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_qinit.functional.levels import is_run, thresholds
 from lightning_qinit.functional.nearest import index_of
-from lightning_qinit.functional.rows import Rows, alike, at_once, squared_error
+from lightning_qinit.functional.rows import Rows, alike, at_once, squared_error, weighted
 
 # Breakpoints sorted at a time: enough to keep vector units busy, few enough to stay in the cache.
 MAX_BREAKPOINTS = 2**17
@@ -116,11 +116,13 @@ def sweep(rows: Rows, levels: Tensor, bracket: Bracket, counted: Counted | None 
     x = rows.x.flatten()[point]
     at = x / thresholds(levels)[below]
     move, square = levels.diff()[below] * sign, levels.square().diff()[below] * sign
+    level = start + levels[0] if is_run(levels) else levels[start.to(torch.int64)]
     if rows.mean is None:
-        gain = None
+        initial = rows.products(level)
         delta = torch.stack((x * move, square)) * _at(rows.w, point)
     else:
         gain = _gain(rows)
+        initial = torch.stack(((gain * level).sum(1), weighted(level.square(), rows.w)))
         parts = [gain.flatten()[point] * move, _at(rows.w, point) * square, _at(rows.mean, point) * move]
         if rows.output is not None:
             parts.append(rows.output.flatten()[point].to(at))
@@ -133,10 +135,6 @@ def sweep(rows: Rows, levels: Tensor, bracket: Bracket, counted: Counted | None 
     at, order = at.view(len(total), width).sort(dim=1, descending=True)
     at = at.clamp(bracket.lower[:, None], bracket.upper[:, None])
 
-    level = start + levels[0] if is_run(levels) else levels[start.to(torch.int64)]
-    initial = rows.products(level)
-    if gain is not None:
-        initial[0] = (gain * level).sum(1)
     delta = delta.view(len(delta), len(total), width).gather(2, order.expand(len(delta), -1, -1))
     a, b = torch.cat((initial[:, :, None], delta[:2]), dim=2).cumsum(2)
     if rows.mean is not None:

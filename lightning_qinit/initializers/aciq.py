@@ -18,18 +18,13 @@ def aciq_gauss(sample: Sample, levels: Tensor) -> Tensor:
     Values of one sign are taken for a rectified distribution around zero, of which they show one half.
     """
     require_uniform("aciq_gauss", levels)
-    if levels[0] < 0:
-        return _step(sample.deviation(), GAUSS, levels)
-    return _step((2 * sample.mean(sample.values.square())).sqrt(), GAUSS, levels)
+    return _step(_spreads(sample, levels)[0], GAUSS, levels)
 
 
 def aciq_laplace(sample: Sample, levels: Tensor) -> Tensor:
     """The clip for a Laplace distribution of the sample's mean absolute deviation; one sign as for ``aciq_gauss``."""
     require_uniform("aciq_laplace", levels)
-    if levels[0] < 0:
-        mean = sample.mean(sample.values)
-        return _step(sample.mean((sample.values - mean[:, None]).abs()), LAPLACE, levels)
-    return _step(2 * sample.mean(sample.values.abs()), LAPLACE, levels)
+    return _step(_spreads(sample, levels)[1], LAPLACE, levels)
 
 
 def aciq(sample: Sample, levels: Tensor) -> Tensor:
@@ -39,13 +34,19 @@ def aciq(sample: Sample, levels: Tensor) -> Tensor:
     one is taken. (The authors' code takes the distribution as an argument.)
     """
     require_uniform("aciq", levels)
-    x = sample.values if levels[0] == 0 else sample.values - sample.mean(sample.values)[:, None]
-    absolute, square = sample.mean(x.abs()), sample.mean(x.square())
-    if levels[0] == 0:  # the half that is not seen
-        absolute, square = 2 * absolute, 2 * square
-    ratio = absolute / torch.where(square > 0, square, 1.0).sqrt()
+    deviation, absolute = _spreads(sample, levels)
+    ratio = absolute / torch.where(deviation > 0, deviation, 1.0)
     middle = ((2 / torch.pi) ** 0.5 + 0.5**0.5) / 2
-    return torch.where(ratio > middle, _step(square.sqrt(), GAUSS, levels), _step(absolute, LAPLACE, levels))
+    return torch.where(ratio > middle, _step(deviation, GAUSS, levels), _step(absolute, LAPLACE, levels))
+
+
+def _spreads(sample: Sample, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Standard and mean absolute deviation of each group; of values of one sign, about zero."""
+    if levels[0] < 0:
+        x = sample.values - sample.mean(sample.values)[:, None]
+        return sample.mean(x.square()).sqrt(), sample.mean(x.abs())
+    # the half that is not seen
+    return (2 * sample.mean(sample.values.square())).sqrt(), 2 * sample.mean(sample.values.abs())
 
 
 def _step(spread: Tensor, table: tuple[float, ...], levels: Tensor) -> Tensor:
