@@ -11,7 +11,8 @@ left out:
 
 - brevitas: its weight quantizers that search for the least squared error
 - torch.ao: HistogramObserver (per tensor only)
-- modelopt: MseCalibrator, 39 candidates as it comes
+- modelopt: MseCalibrator, 39 candidates as it comes, and its own quantizer
+- modelopt, in place: the same calibrator with three operations in place of that quantizer, a time to aim at
 - grid: a hundred steps up to the one that clips nothing, in plain torch
 """
 
@@ -72,17 +73,27 @@ def torch_ao(x: Tensor, bits: int, per_channel: bool) -> Tensor:
 
 
 def modelopt(x: Tensor, bits: int, per_channel: bool) -> Tensor:
+    from modelopt.torch.quantization.tensor_quant import fake_tensor_quant
+
+    return _calibrated(x, bits, per_channel, lambda x, amax: fake_tensor_quant(x, amax, None, bits, False, True))
+
+
+def modelopt_in_place(x: Tensor, bits: int, per_channel: bool) -> Tensor:
+    high = 2 ** (bits - 1) - 1
+    return _calibrated(
+        x, bits, per_channel, lambda x, amax: (x * (high / amax)).round_().clamp_(-high, high).mul_(amax / high)
+    )
+
+
+def _calibrated(x: Tensor, bits: int, per_channel: bool, quantize: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """By ModelOpt's calibrator, with a function that quantizes up to a greatest value."""
     from modelopt.torch.quantization.calib import MseCalibrator
 
     high = 2 ** (bits - 1) - 1
-
-    def quantize(x: Tensor, amax: Tensor) -> Tensor:
-        return (x * (high / amax)).round_().clamp_(-high, high).mul_(amax / high)
-
     amax = x.abs().amax(1, keepdim=True) if per_channel else x.abs().amax()
     calibrator = MseCalibrator(amax, axis=0 if per_channel else None, quant_func=quantize)
     calibrator.collect(x)
-    return calibrator.compute_amax().flatten() / high if per_channel else calibrator.compute_amax().reshape(()) / high
+    return calibrator.compute_amax().reshape(-1 if per_channel else ()) / high
 
 
 CONTESTANTS: dict[str, Search] = {
@@ -91,6 +102,7 @@ CONTESTANTS: dict[str, Search] = {
     "brevitas": brevitas,
     "torch.ao": torch_ao,
     "modelopt": modelopt,
+    "modelopt, in place": modelopt_in_place,
 }
 
 

@@ -62,7 +62,7 @@ class Counter:
     @cached_property
     def _buffers(self) -> tuple[Tensor, Tensor, Tensor]:
         """The tables, empty but while counting, and the keys and bits of the values at hand."""
-        most = self._rows * 2**17
+        most = self._rows * 2 ** (16 if self._on_cpu else 17)
         table = torch.zeros(self._rows * KEYS, dtype=torch.int64, device=self.device)
         return table, table.new_empty(most), table.new_empty(most)
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from lightning_qinit.functional.bracket import reach
-from lightning_qinit.functional.errors import CHUNK, Errors, Grid
-from lightning_qinit.functional.rows import Rows, at_once, squared_error
+from lightning_qinit.functional.errors import Errors, Grid
+from lightning_qinit.functional.rows import Rows, squared_error
 from lightning_qinit.functional.sweep import Bracket
 
 FIRST = (2.0, 1.0, 0.5, 0.25, 0.125)  # where the grid may begin, in its units of the inverse step
@@ -43,17 +43,6 @@ def scan(rows: Rows, levels: Tensor, bracket: Bracket) -> tuple[Tensor, Bracket]
     Returns:
         The row that each bracket belongs to, in order, and the brackets: those of a row from the largest step down.
     """
-    group = max(1, at_once(CHUNK, rows.x) // rows.x.shape[1])
-    found = []
-    for first in range(0, len(rows.x), group):
-        index = slice(first, first + group)
-        row, (lower, upper) = _scan(rows.take(index), levels, Bracket(*(end[index] for end in bracket)))
-        found.append((row + first, lower, upper))
-    row, lower, upper = (torch.cat(part) for part in zip(*found, strict=True))
-    return row, Bracket(lower, upper)
-
-
-def _scan(rows: Rows, levels: Tensor, bracket: Bracket) -> tuple[Tensor, Bracket]:
     errors = Errors(rows, levels)
     grid, limit, end, closed = _grid(errors, bracket.upper)
     idle = grid.error.amin(0) >= ALL * errors.energy  # all zero, or of the sign that no level has: nothing to narrow

@@ -44,7 +44,7 @@ class Errors:
         parts = []
         for first in range(0, inverse.shape[1], group):
             index = slice(first, first + group)
-            rows = self.rows if row is None else self.rows.take(row[index])
+            rows = self.rows.take(index if row is None else row[index])
             parts.append(self._at(rows, inverse[:, index, None], step[:, index, None]))
         square, error = (torch.cat(part, 1) for part in zip(*parts, strict=True)) if parts else (step, step)
         return Grid(step.double(), square.double(), error.double())

@@ -44,12 +44,12 @@ class Rows(NamedTuple):
     output: Tensor | None = None
 
     def take(self, index: slice | Tensor) -> "Rows":
-        """Some of the rows."""
+        """Some of the rows, by their numbers."""
 
         def some(part: Tensor | None) -> Tensor | None:
-            if part is None or isinstance(index, slice) or not alike(part):
+            if part is None or isinstance(index, slice):
                 return None if part is None else part[index]
-            return part[:1].expand(len(index), -1)
+            return part[:1].expand(len(index), -1) if alike(part) else part.index_select(0, index)
 
         return Rows(*map(some, self))  # type: ignore[arg-type]
 

@@ -78,10 +78,10 @@ def outer_bracket(x: Tensor, levels: Tensor) -> Bracket:
     if not len(t):  # the levels {-c, +c}: no point ever moves
         return Bracket(torch.ones_like(x[:, 0]), torch.full_like(x[:, 0], 2.0))
     size = x.abs()
-    smallest = torch.where(size > 0, size, torch.inf).amin(1)
-    smallest = torch.where(smallest.isfinite(), smallest, 1.0)
-    largest = torch.where(size.amax(1) > 0, size.amax(1), 1.0)
-    return Bracket(smallest / t.max() / 2, largest / t.min() * 2)
+    largest = size.amax(1)
+    smallest = size.masked_fill_(size == 0, torch.inf).amin(1)
+    zero = largest == 0
+    return Bracket(smallest.masked_fill_(zero, 1.0) / t.max() / 2, largest.masked_fill_(zero, 1.0) / t.min() * 2)
 
 
 def count_breakpoints(rows: Rows, levels: Tensor, bracket: Bracket) -> Counted:

@@ -86,7 +86,7 @@ def _keep_alive(sample: Sample, levels: Tensor, step: Tensor) -> tuple[Tensor, i
         mean = None if rows.mean is None else torch.where(clipped, 0.0, rows.mean)
         rows = rows._replace(w=torch.where(clipped, 0.0, rows.w), mean=mean)
         step = step.clone()
-        step[dead] = solve_rows(rows.take(dead), levels).scale
+        step[dead] = solve_rows(rows.take(dead.nonzero()[:, 0]), levels).scale
 
 
 def _survives(x: Tensor, step: Tensor, levels: Tensor) -> Tensor:
