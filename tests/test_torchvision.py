@@ -130,7 +130,7 @@ MODELS: dict[str, Build] = {
     "efficientnet_b0": published("efficientnet_b0"),
     "efficientnet_v2_s": efficientnet_v2,
     "googlenet": published("googlenet", init_weights=True),
-    "inception_v3": published("inception_v3", init_weights=True),
+    "inception_v3": published("inception_v3", init_weights=False),
     "maxvit_t": maxvit,
     "mnasnet0_5": published("mnasnet0_5"),
     "mobilenet_v2": published("mobilenet_v2"),

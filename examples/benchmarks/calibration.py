@@ -206,7 +206,7 @@ def main() -> None:
                 error = result["errors"][0] / base["errors"][0]
                 rows.append({"case": name, "kind": kind, "bits": bits, "contestant": contestant, **result})
                 print(
-                    f"{name:18s} {kind:11s} {bits} bits  {contestant:9s} {statistics.median(result['seconds']):8.3f} s"
+                    f"{name:18s} {kind:11s} {bits} bits  {contestant:18s} {statistics.median(result['seconds']):8.3f} s"
                     f"  time {spread(times, 7)}  error {error:.5f}",
                     flush=True,
                 )

@@ -8,69 +8,50 @@ those of `fit`.
 """
 
 import argparse
-import os
-import subprocess
-import sys
+import json
 import tempfile
-import time
-import warnings
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
+import torch
 from result import write
+from runs import apart, bare_trainer, hush, seconds
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.models import get_model
+
+from lightning_qinit import QuantInitCallback
 
 BATCHES, BATCH, SIZE = 2, 8, 64
 
 
+class Classifier(pl.LightningModule):
+    def __init__(self, network: str) -> None:
+        super().__init__()
+        self.net = get_model(network, num_classes=10)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x, y = batch
+        return torch.nn.functional.cross_entropy(self.net(x), y)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
 def fit(network: str, kernels: Any, dry: bool) -> float:
     """Train in this process; the seconds that it takes."""
-    import logging
-
-    import lightning.pytorch as pl
-    import torch
-    from torch.utils.data import DataLoader, TensorDataset
-    from torchvision.models import get_model
-
-    from lightning_qinit import QuantInitCallback
-
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-
-    class Classifier(pl.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = get_model(network, num_classes=10)
-
-        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-            x, y = batch
-            return torch.nn.functional.cross_entropy(self.net(x), y)
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), 0.01)
-
+    hush()
     torch.manual_seed(0)
     x, y = torch.randn(BATCHES * BATCH, 3, SIZE, SIZE), torch.randint(10, (BATCHES * BATCH,))
-    trainer = pl.Trainer(
-        max_epochs=2,
-        fast_dev_run=dry,
-        callbacks=[QuantInitCallback(kernels=kernels, calibration_batches=BATCHES, print_report=False)],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    module = Classifier()
-    begin = time.perf_counter()
-    trainer.fit(module, DataLoader(TensorDataset(x, y), BATCH))
-    return time.perf_counter() - begin
+    qinit = QuantInitCallback(kernels=kernels, calibration_batches=BATCHES, print_report=False)
+    trainer = bare_trainer(max_epochs=2, fast_dev_run=dry, callbacks=[qinit])
+    return seconds(lambda: trainer.fit(Classifier(network), DataLoader(TensorDataset(x, y), BATCH)))
 
 
-def apart(cache: str, network: str, kernels: str, dry: bool = False) -> float:
-    """:func:`fit` in a new process."""
-    command = [sys.executable, __file__, "--fit", network, kernels, str(int(dry))]
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
-    output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return float(output.splitlines()[-1])
+def fit_apart(cache: str, network: str, kernels: str, dry: bool = False) -> float:
+    """:func:`fit` in a process of its own."""
+    took = apart(__file__, "--fit", network, kernels, int(dry), TORCHINDUCTOR_CACHE_DIR=cache)
+    return float(took["seconds"])
 
 
 def main() -> None:
@@ -82,16 +63,16 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.fit:
         network, kernels, dry = arguments.fit
-        print(fit(network, kernels, dry == "1"))
+        print(json.dumps({"seconds": fit(network, kernels, dry == "1")}))
         return
     rows: list[dict[str, Any]] = []
     print(f"{'network':22}{'eager':>9}{'first':>9}{'next':>9}{'adds':>17}{'':9}{'dry run caches':>16}")
     for network in arguments.networks:
         for _ in range(arguments.repeats):
             with tempfile.TemporaryDirectory() as empty, tempfile.TemporaryDirectory() as cache:
-                apart(empty, network, "auto", dry=True)
+                fit_apart(empty, network, "auto", dry=True)
                 files = sum(path.is_file() for path in Path(empty).rglob("*"))
-                first, following, eager = (apart(cache, network, kernels) for kernels in ("auto", "auto", "eager"))
+                first, following, eager = (fit_apart(cache, network, kernels) for kernels in ("auto", "auto", "eager"))
             rows.append({"network": network, "eager": eager, "first": first, "next": following, "dry_files": files})
             seconds = "".join(f"{value:8.1f}s" for value in (eager, first, following))
             added = "".join(f"{value - eager:8.1f}s" for value in (first, following))

@@ -13,18 +13,16 @@ for integer kernels.
 """
 
 import argparse
-import logging
 import tempfile
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from flips import Flips, count_flips, session
 from result import write
+from runs import bare_trainer, hush
 from torch import Tensor, nn
 from torchvision import models
 
@@ -82,10 +80,8 @@ def trained_on_digits(quantizer: str, bits: int) -> tuple[nn.Module, Tensor, Ten
 
     data, net = Images("digits"), Classifier(1)
     qinit = QuantInitCallback(weight_bits=bits, activation_bits=bits, quantizer=quantizer, print_report=False)
-    settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
     for epochs, callbacks in ((6, []), (2, [qinit])):
-        trainer = pl.Trainer(max_epochs=epochs, callbacks=callbacks, enable_model_summary=False, **settings)
-        trainer.fit(net, data)
+        bare_trainer(max_epochs=epochs, callbacks=callbacks, accelerator="cpu").fit(net, data)
         net.learning_rate /= 5
     x = torch.stack([x for part in (data.train, data.val, data.test) for x, _ in part])
     return net.eval(), x, torch.stack([y for _, y in data.test])
@@ -137,8 +133,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16, help="of networks with random weights")
     parser.add_argument("--json", default="deployment.json", help="where to write the result")
     arguments = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
+    hush()
     print(f"{'':29}{'flips per million: all (worst input)':^57}{'same class':>27}{'difference':>20}")
     print(
         f"{'network':29}" + "".join(f"{count:>19}" for count in COUNTS),

@@ -7,16 +7,14 @@ runs alternate in one process; each ratio is of the same two neighbours.
 """
 
 import argparse
-import json
-import logging
-import statistics
 import tempfile
 import time
-import warnings
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from result import spread, write
+from runs import bare_trainer, hush
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -58,17 +56,13 @@ def seconds(steps: int, batch: int, size: int, watched: bool, folder: str) -> fl
     data = TensorDataset(torch.randn(batch * 4, 3, size, size), torch.randint(10, (batch * 4,)))
     watch = Stopwatch()
     callback = QuantInitCallback(4, 4, log_quantizers=watched, print_report=False, log_figures=0, calibration_batches=1)
-    trainer = pl.Trainer(
-        accelerator="auto",
+    trainer = bare_trainer(
         devices=1,
         max_steps=steps,
         max_epochs=-1,
         log_every_n_steps=50,
         logger=CSVLogger(folder),
         callbacks=[callback, watch],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
     )
     trainer.fit(Tower(), DataLoader(data, batch))
     return watch.seconds
@@ -82,8 +76,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=16, help="side of the images")
     parser.add_argument("--json", default="monitoring.json", help="where to write the result")
     arguments = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore")
+    hush()
     ratios = []
     with tempfile.TemporaryDirectory() as folder:
         seconds(10, arguments.batch, arguments.size, True, folder)  # warm up
@@ -94,10 +87,8 @@ def main() -> None:
             }
             ratios.append(took[True] / took[False])
             print(f"with {took[True]:.2f} s, without {took[False]:.2f} s, ratio {ratios[-1]:.3f}", flush=True)
-    result = {"ratio": statistics.median(ratios), "ratios": ratios, "threads": torch.get_num_threads()}
-    print(f"median ratio {result['ratio']:.3f} (from {min(ratios):.3f} to {max(ratios):.3f})")
-    with open(arguments.json, "w") as file:
-        json.dump({**vars(arguments), **result}, file, indent=1)
+    print(f"time of training {spread(ratios)}")
+    write(arguments, [{"ratios": ratios}])
 
 
 if __name__ == "__main__":

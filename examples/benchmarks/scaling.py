@@ -10,18 +10,15 @@ under DDP; they share the batches of calibration, and each passes only its own.
 import argparse
 import copy
 import json
-import logging
 import statistics
-import subprocess
-import sys
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from result import write
+from runs import apart, bare_trainer, hush, seconds
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -37,12 +34,6 @@ def tower(layers: int, channels: int) -> nn.Sequential:
     for _ in range(layers - 2):
         parts += [nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU()]
     return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
-
-
-def seconds(run: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
 
 
 def stepper(model: nn.Module, x: Tensor) -> Callable[[], None]:
@@ -93,17 +84,10 @@ class Tower(pl.LightningModule):
 
 
 class Clock(pl.Callback):
-    """The seconds of forward passes, and of steps."""
+    """The seconds of every step."""
 
-    def __init__(self, batches: int, x: Tensor) -> None:
-        self.batches, self.x = batches, x
-        self.passes, self.begin, self.steps = 0.0, 0.0, []
-
-    @torch.no_grad()
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        net = copy.deepcopy(pl_module.net).eval()
-        net(self.x)
-        self.passes = seconds(lambda: [net(self.x) for _ in range(self.batches)])
+    def __init__(self) -> None:
+        self.begin, self.steps = 0.0, []
 
     def on_train_batch_start(self, *arguments: Any) -> None:
         self.begin = time.perf_counter()
@@ -112,46 +96,46 @@ class Clock(pl.Callback):
         self.steps.append(time.perf_counter() - self.begin)
 
 
+class Passes(pl.Callback):
+    """The seconds of forward passes alone."""
+
+    def __init__(self, batches: int, x: Tensor) -> None:
+        self.batches, self.x, self.took = batches, x, 0.0
+
+    @torch.no_grad()
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        net = copy.deepcopy(pl_module.net).eval()
+        net(self.x)
+        self.took = seconds(lambda: [net(self.x) for _ in range(self.batches)])
+
+
 class Timed(QuantInitCallback):
     """Knows how long it calibrated."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.calibrated = seconds(lambda: QuantInitCallback.on_fit_start(self, trainer, pl_module))
+        self.took = seconds(lambda: QuantInitCallback.on_fit_start(self, trainer, pl_module))
 
 
 def train(ranks: int, batch: int) -> dict[str, float]:
     """As a rank, or as the first, which starts the others."""
+    hush()
     torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
     torch.manual_seed(0)
     x = torch.randn(batch, 3, 32, 32)
     data = DataLoader(TensorDataset(x.repeat(ranks * SHARED, 1, 1, 1)), batch)
     bits = BASE["bits"]
-    timed = Timed(weight_bits=bits, activation_bits=bits, calibration_batches=SHARED, print_report=False)
-    clocks = [Clock(-(-SHARED // ranks), x), Clock(0, x)]
-    for callbacks in ([clocks[0]], [timed, clocks[1]]):
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            strategy="ddp" if ranks > 1 else "auto",
-            devices=ranks,
-            max_epochs=1,
-            callbacks=callbacks,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+    passes = Passes(-(-SHARED // ranks), x)
+    calibration = Timed(weight_bits=bits, activation_bits=bits, calibration_batches=SHARED, print_report=False)
+    steps = []
+    for timed in (passes, calibration):
+        clock = Clock()
+        strategy = "ddp" if ranks > 1 else "auto"
+        trainer = bare_trainer(
+            accelerator="cpu", strategy=strategy, devices=ranks, max_epochs=1, callbacks=[timed, clock]
         )
         trainer.fit(Tower(), data)
-    plain, quantized = (statistics.median(clock.steps[2:]) for clock in clocks)
-    return {"calibration": timed.calibrated / clocks[0].passes, "step": quantized / plain}
-
-
-def apart(ranks: int, batch: int) -> dict[str, float]:
-    """:func:`train` in processes of their own."""
-    command = [sys.executable, __file__, "--train", str(ranks), "--batch", str(batch)]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads([line for line in output.splitlines() if line.startswith("{")][0])
+        steps.append(statistics.median(clock.steps[2:]))
+    return {"calibration": calibration.took / passes.took, "step": steps[1] / steps[0]}
 
 
 def main() -> None:
@@ -165,7 +149,7 @@ def main() -> None:
     if arguments.train:
         print(json.dumps(train(arguments.train, arguments.batch)), flush=True)
         return
-    warnings.filterwarnings("ignore")
+    hush()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -182,7 +166,8 @@ def main() -> None:
         for size in sizes:
             add(grown, size, measure(**{**BASE, grown: size}, batch=arguments.batch, repeats=arguments.repeats))
     for ranks in RANKS:
-        results = [apart(ranks, arguments.batch) for _ in range(arguments.repeats)]
+        command = "--train", ranks, "--batch", arguments.batch
+        results = [apart(__file__, *command) for _ in range(arguments.repeats)]
         add("ranks", ranks, {name: statistics.median(r[name] for r in results) for name in ("calibration", "step")})
     write(arguments, rows)
 

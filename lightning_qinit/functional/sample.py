@@ -87,7 +87,10 @@ class Sample:
         values, count = self.values.abs() if magnitude else self.values, self.values.shape[1]
         # sums round: a relative 1e-12 keeps an exact share from slipping to the next value
         if count and self.weights.stride() == (0, 0):  # all weights are one number
-            return values.kthvalue(min(max(1, math.ceil(share * count * (1 - 1e-12))), count), dim=1).values
+            nth = min(max(1, math.ceil(share * count * (1 - 1e-12))), count)
+            if nth > count / 2:  # from the top there are fewer to look for
+                return values.topk(count + 1 - nth, dim=1).values[:, -1]
+            return values.kthvalue(nth, dim=1).values
         values, order = values.sort(dim=1)
         below = self.weights.gather(1, order).cumsum(1)
         index = (below < share * below[:, -1:] * (1 - 1e-12)).sum(1, keepdim=True).clamp(max=count - 1)

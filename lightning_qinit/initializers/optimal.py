@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lightning_qinit.functional.affine import optimal_affine as _optimal_affine
 from lightning_qinit.functional.levels import check_levels
-from lightning_qinit.functional.nearest import assign
+from lightning_qinit.functional.nearest import assign, nearest
 from lightning_qinit.functional.optimal import solve_rows
 from lightning_qinit.functional.sample import Sample
 from lightning_qinit.initializers.initial import Initial
@@ -91,7 +91,7 @@ def _keep_alive(sample: Sample, levels: Tensor, step: Tensor) -> tuple[Tensor, i
 
 def _survives(x: Tensor, step: Tensor, levels: Tensor) -> Tensor:
     """Which values do not round to zero."""
-    return levels[assign(x, step[:, None], levels)] != 0
+    return nearest(x, step[:, None], levels) != 0
 
 
 def _with_shape(sample: Sample) -> Sample:
