@@ -14,8 +14,8 @@ from typing_extensions import override
 from lightning_qinit import _trainer
 from lightning_qinit.batchnorm import fold_alike
 from lightning_qinit.calibration import check_weights, set_statistics, warn_blind
-from lightning_qinit.calibration.initialize import WIDTHS
 from lightning_qinit.calibration.run import choose_in_training
+from lightning_qinit.calibration.widths import WIDTHS
 from lightning_qinit.checkpoint import differences, has_quantizers, saved_settings
 from lightning_qinit.checks import check, check_whole, is_number
 from lightning_qinit.config import CalibrationConfig, LayerConfig, QuantConfig, plain, shorten

@@ -2,9 +2,7 @@
 
 from lightning_qinit.calibration.batchnorm import set_statistics as set_statistics
 from lightning_qinit.calibration.batchnorm import trained_norms as trained_norms
-from lightning_qinit.calibration.initialize import Start as Start
 from lightning_qinit.calibration.initialize import check_weights as check_weights
-from lightning_qinit.calibration.initialize import warn_blind as warn_blind
 from lightning_qinit.calibration.mode import calibration_mode as calibration_mode
 from lightning_qinit.calibration.mode import untrained as untrained
 from lightning_qinit.calibration.observe import Observation as Observation
@@ -12,3 +10,5 @@ from lightning_qinit.calibration.observe import observe as observe
 from lightning_qinit.calibration.passes import Passes as Passes
 from lightning_qinit.calibration.restore import restored as restored
 from lightning_qinit.calibration.sketch import Sketch as Sketch
+from lightning_qinit.calibration.start import Start as Start
+from lightning_qinit.calibration.start import warn_blind as warn_blind

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from lightning_qinit._trainer import is_a, uses_rich
 from lightning_qinit.calibration import Observation, Start
-from lightning_qinit.calibration.initialize import data_of
+from lightning_qinit.calibration.data import data_of
 from lightning_qinit.functional.sample import Sample
 from lightning_qinit.initializers import Initial
 from lightning_qinit.insertion import named_quantizers, quantized_layers
@@ -84,7 +84,7 @@ def publish_start_figures(
     for start in starts if writers else ():
         if start.name in names and (data := data_of(start.name, layers, seen)) is not None:
             levels = start.quantizer.level_set(start.bits, start.signed)
-            _add_figure(writers, f"quant_start/{start.name}", data, levels, Initial(start.step, start.offset), 0)
+            _add_figure(writers, f"quant_start/{start.name}", data.sample, levels, Initial(start.step, start.offset), 0)
 
 
 def publish_end_figures(

@@ -1,0 +1,112 @@
+"""Where a quantizer starts, chosen by its layer's initializer."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_qinit.calibration.data import data_of
+from lightning_qinit.calibration.measure import Measures, measure
+from lightning_qinit.calibration.observe import Observation
+from lightning_qinit.config import shorten
+from lightning_qinit.initializers import initialize
+from lightning_qinit.initializers.optimal import optimal
+from lightning_qinit.insertion import QuantizedLayer, named_quantizers
+from lightning_qinit.quantizers import Quantizer
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where one quantizer starts.
+
+    Attributes:
+        layer: name of the layer.
+        what: ``"weight"`` or ``"input"``, or the name of the parameter or input in layers with several.
+        quantizer: the quantizer to start.
+        bits: 1 to 8.
+        signed: whether its levels reach below zero.
+        step: float64, ``(channels,)``.
+        measures: what it costs on its data.
+        offset: as ``step``, for quantizers that have one.
+        note: what the report says about it.
+    """
+
+    layer: str
+    what: str
+    quantizer: Quantizer
+    bits: int
+    signed: bool
+    step: Tensor
+    measures: Measures
+    offset: Tensor | None = None
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        """``layer.what``, as in the logged names."""
+        return f"{self.layer}.{self.what}"
+
+    def chosen(self) -> tuple[int, Tensor, Tensor | None]:
+        """Bits, step and offset, on the CPU."""
+        return self.bits, self.step.cpu(), None if self.offset is None else self.offset.cpu()
+
+    def at(self, bits: int, step: Tensor, offset: Tensor | None) -> "Start":
+        """The same with what another rank chose."""
+        return replace(self, bits=bits, step=step, offset=offset)
+
+    def apply(self) -> None:
+        """Start the quantizer."""
+        self.quantizer.start(self.step, self.bits, self.signed, self.offset)
+
+
+@torch.no_grad()
+def plan(
+    layers: Mapping[str, QuantizedLayer],
+    observation: Observation,
+    bits: Mapping[str, int],
+    names: Iterable[str] | None = None,
+) -> list[Start]:
+    """Choose the step of every quantizer by its layer's initializer; changes nothing.
+
+    A layer that never ran gets no steps and stays in float: neither its input nor the use of its weight was seen.
+
+    Args:
+        layers: the layers to start.
+        observation: what was seen of them.
+        bits: of quantizers by name, where they are not those of the layer's settings.
+        names: of the quantizers to start; ``None`` for all.
+    """
+    quantizers = named_quantizers(layers)
+    planned = (
+        _start(name, layers, observation, bits.get(name, quantizers[name].n_bits))
+        for name in (quantizers if names is None else names)
+    )
+    return [start for start in planned if start is not None]
+
+
+def _start(full_name: str, layers: Mapping[str, QuantizedLayer], observation: Observation, bits: int) -> Start | None:
+    data = data_of(full_name, layers, observation)
+    if data is None:
+        return None
+    name, _, what = full_name.rpartition(".")
+    layer = layers[name]
+    quantizer = layer.quantizers()[what]
+    rule = layer.quant_config.initializer_of("weight" if what in layer.weights() else "activation")
+    levels = quantizer.level_set(bits, data.signed)
+    sample, note = (data.weighted, data.note) if rule is optimal else (data.sample, "")
+    chosen = initialize(rule, sample, levels, quantizer.has_offset, data.reach / float(levels.abs().max()))
+    measures = measure(data.sample, levels, chosen)
+    note = "; ".join(filter(None, (note, chosen.note)))
+    return Start(name, what, quantizer, bits, data.signed, chosen.step, measures, chosen.offset, note)
+
+
+def warn_blind(starts: list[Start]) -> None:
+    """Say once which quantizers start without any nonzero value to go by."""
+    blind = [start.name for start in starts if start.measures.blind]
+    if blind:
+        rank_zero_warn(
+            f"Calibration saw only zeros in {shorten(blind)}: their steps start from the size that trained weights "
+            "(1 / sqrt(inputs per output)) or inputs (1) usually have."
+        )
