@@ -17,6 +17,7 @@ left out:
 """
 
 import argparse
+import copy
 import statistics
 import time
 import warnings
@@ -24,6 +25,7 @@ from collections.abc import Callable
 
 import torch
 from result import spread, write
+from runs import seconds
 from torch import Tensor
 
 from lightning_qinit import calibrate, prepare
@@ -134,10 +136,10 @@ def search(tensors: list[Tensor], bits: int, per_channel: bool, repeats: int) ->
                 print(f"{name} is not there: {error}")
                 failed.add(name)
                 continue
-            seconds = time.perf_counter() - begin
+            took = time.perf_counter() - begin
             error = sum(error_of(x, scale, bits) for x, scale in zip(tensors, scales, strict=True))
             row = results.setdefault(name, {"seconds": [], "errors": []})
-            row["seconds"].append(seconds)
+            row["seconds"].append(took)
             row["errors"].append(error)
     return results
 
@@ -153,18 +155,21 @@ def passes(name: str, batch: int, count: int, repeats: int) -> dict[str, list[fl
         for norm in model.modules():
             if isinstance(norm, torch.nn.modules.batchnorm._BatchNorm):
                 norm.num_batches_tracked.fill_(1)  # as if trained: it normalizes with its own statistics
-        model.eval()
-        with torch.no_grad():
-            model(batches[0])
-            begin = time.perf_counter()
+        float_model = copy.deepcopy(model.eval())
+
+        @torch.no_grad()
+        def forward(float_model: torch.nn.Module = float_model) -> None:
             for x in batches:
-                model(x)
-            forward = time.perf_counter() - begin
+                float_model(x)
+
+        forward()  # warm up
         prepare(model)
-        begin = time.perf_counter()
-        calibrate(model, batches)
-        ratios.append((time.perf_counter() - begin) / forward)
-        print(f"{name}, {count} batches of {batch}: forward {forward:.2f} s, calibration {ratios[-1]:.2f} times that")
+        before = seconds(forward)
+        took = seconds(lambda model=model: calibrate(model, batches))
+        alone = (before + seconds(forward)) / 2  # on either side, for machines whose pace drifts
+        ratios.append(took / alone)
+        print(f"{name}, {count} batches of {batch}: forward {alone:.2f} s, calibration {ratios[-1]:.2f} times that")
+    print(f"calibration {spread(ratios)}")
     return {"calibration": ratios}
 
 

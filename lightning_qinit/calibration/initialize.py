@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
+from lightning_qinit.calibration.data import CalibrationData
 from lightning_qinit.calibration.observe import Criterion, Observation
 from lightning_qinit.calibration.start import Start, plan
 from lightning_qinit.calibration.widths import WIDTHS, average_bits, bits_at_ends, free_weights
@@ -30,14 +31,15 @@ def choose(
     """
     check_weights(layers)
     if average is not None:
-        for name in free_weights(layers, {}):
+        for name in free_weights(layers):
             layers[name.rpartition(".")[0]].quant_config.check_widths(WIDTHS)
     observation = watch(layers, criterion)
-    bits = bits_at_ends(layers, observation)
+    data = CalibrationData(layers, observation)
+    bits = bits_at_ends(data)
     if average is not None:
-        bits |= average_bits(layers, observation, average, bits)
+        bits |= average_bits(data, average, bits)
     if not sequential:
-        return plan(layers, observation, bits), observation
+        return plan(data, bits), observation
     starts: list[Start] = []
     waiting = named_quantizers(layers)
     for name in list(observation.first_run):
@@ -48,7 +50,7 @@ def choose(
         # a tied weight is started with the first of its layers, whatever its name
         mine = {id(quantizer) for quantizer in layers[name].quantizers().values()}
         now = [full_name for full_name, quantizer in waiting.items() if id(quantizer) in mine]
-        for start in plan(layers, observation, bits, now):
+        for start in plan(data, bits, now):
             start.apply()
             starts.append(start)
         waiting = {full_name: quantizer for full_name, quantizer in waiting.items() if full_name not in now}

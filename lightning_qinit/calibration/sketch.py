@@ -80,8 +80,7 @@ class Sketch:
     @property
     def nonfinite(self) -> int:
         """How many values were NaN or infinite."""
-        exponent = torch.arange(KEYS, device=self.table.device) >> MANTISSA_BITS & 0xFF
-        return int(self.table[0, exponent == 0xFF].sum())
+        return int(_of_greatest_exponent(self.table[0]).sum())
 
     @property
     def minimum(self) -> float:
@@ -105,11 +104,12 @@ class Sketch:
         those of data that take few different ones, are kept exactly.
         """
         table = self.table.to(float64_device(self.table))
-        keys = torch.arange(KEYS, device=table.device)
-        used = (table[0] > 0) & ((keys >> MANTISSA_BITS & 0xFF) != 0xFF)
-        count, total = table[:, used].to(torch.float64)
+        used = table[0] > 0
+        _of_greatest_exponent(used).fill_(False)
+        keys = used.nonzero()[:, 0]
+        count, total = table[:, keys].to(torch.float64)
         # as int32 bit patterns: the first number of each key and, by its neighbour, the worth of one low bit
-        bits = (keys[used] << LOW_BITS).to(torch.int32)
+        bits = (keys << LOW_BITS).to(torch.int32)
         start = bits.view(torch.float32).to(torch.float64)
         unit = (bits + 1).view(torch.float32).to(torch.float64) - start
         width, mean = float(2**LOW_BITS), total / count
@@ -120,3 +120,8 @@ class Sketch:
         values = torch.stack((mean - spread, mean, mean + spread)).flatten()
         extremes = self.extremes.to(table.device, torch.float64)
         return Sample(values[None], count.repeat(3)[None] / 3, -extremes[:1], extremes[1:])
+
+
+def _of_greatest_exponent(values: Tensor) -> Tensor:
+    """Of one value per key, those of NaN and infinity."""
+    return values.view(2, -1, 2**MANTISSA_BITS)[:, -1]

@@ -7,13 +7,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_qinit.calibration.data import data_of
+from lightning_qinit.calibration.data import CalibrationData
 from lightning_qinit.calibration.measure import Measures, measure
-from lightning_qinit.calibration.observe import Observation
 from lightning_qinit.config import shorten
 from lightning_qinit.initializers import initialize
 from lightning_qinit.initializers.optimal import optimal
-from lightning_qinit.insertion import QuantizedLayer, named_quantizers
+from lightning_qinit.insertion import named_quantizers
 from lightning_qinit.quantizers import Quantizer
 
 
@@ -62,37 +61,28 @@ class Start:
 
 
 @torch.no_grad()
-def plan(
-    layers: Mapping[str, QuantizedLayer],
-    observation: Observation,
-    bits: Mapping[str, int],
-    names: Iterable[str] | None = None,
-) -> list[Start]:
+def plan(data: CalibrationData, bits: Mapping[str, int], names: Iterable[str] | None = None) -> list[Start]:
     """Choose the step of every quantizer by its layer's initializer; changes nothing.
 
     A layer that never ran gets no steps and stays in float: neither its input nor the use of its weight was seen.
 
     Args:
-        layers: the layers to start.
-        observation: what was seen of them.
+        data: of the quantizers.
         bits: of quantizers by name, where they are not those of the layer's settings.
         names: of the quantizers to start; ``None`` for all.
     """
-    quantizers = named_quantizers(layers)
-    planned = (
-        _start(name, layers, observation, bits.get(name, quantizers[name].n_bits))
-        for name in (quantizers if names is None else names)
-    )
+    quantizers = named_quantizers(data.layers)
+    names = quantizers if names is None else names
+    planned = (_start(name, quantizers[name], data, bits.get(name, quantizers[name].n_bits)) for name in names)
     return [start for start in planned if start is not None]
 
 
-def _start(full_name: str, layers: Mapping[str, QuantizedLayer], observation: Observation, bits: int) -> Start | None:
-    data = data_of(full_name, layers, observation)
+def _start(full_name: str, quantizer: Quantizer, calibration: CalibrationData, bits: int) -> Start | None:
+    data = calibration.of(full_name)
     if data is None:
         return None
     name, _, what = full_name.rpartition(".")
-    layer = layers[name]
-    quantizer = layer.quantizers()[what]
+    layer = calibration.layers[name]
     rule = layer.quant_config.initializer_of("weight" if what in layer.weights() else "activation")
     levels = quantizer.level_set(bits, data.signed)
     sample, note = (data.weighted, data.note) if rule is optimal else (data.sample, "")

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from lightning_qinit._trainer import is_a, uses_rich
 from lightning_qinit.calibration import Observation, Start
-from lightning_qinit.calibration.data import data_of
+from lightning_qinit.calibration.data import CalibrationData
 from lightning_qinit.functional.sample import Sample
 from lightning_qinit.initializers import Initial
 from lightning_qinit.insertion import named_quantizers, quantized_layers
@@ -80,9 +80,9 @@ def publish_start_figures(
 ) -> None:
     """Draw the named quantizers on the data that their steps were chosen for."""
     writers = _figure_writers(trainer, names)
-    layers = quantized_layers(module)
+    calibration = CalibrationData(quantized_layers(module), seen)
     for start in starts if writers else ():
-        if start.name in names and (data := data_of(start.name, layers, seen)) is not None:
+        if start.name in names and (data := calibration.of(start.name)) is not None:
             levels = start.quantizer.level_set(start.bits, start.signed)
             _add_figure(writers, f"quant_start/{start.name}", data.sample, levels, Initial(start.step, start.offset), 0)
 
