@@ -1,8 +1,8 @@
 """Every private Lightning name that the package touches (checked against Lightning 2.6.6)."""
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -152,6 +152,11 @@ def averaging_callbacks(trainer: Trainer) -> list[Callback]:
     return [c for c in callbacks(trainer) if is_a(c, "WeightAveraging", "StochasticWeightAveraging")]
 
 
+def finetuning_callbacks(trainer: Trainer) -> list[Callback]:
+    """Callbacks that put parameter groups back when a run resumes, of either Lightning package."""
+    return [c for c in callbacks(trainer) if is_a(c, "BaseFinetuning")]
+
+
 def callbacks(trainer: Trainer) -> list[Callback]:
     """The callbacks of a trainer in the order in which they are called."""
     return trainer.callbacks  # type: ignore[attr-defined]  # set by its connector
@@ -166,6 +171,23 @@ def averaged_modules(trainer: Trainer) -> list[nn.Module]:
 def uses_rich(trainer: Trainer) -> bool:
     """Whether one of Lightning's rich callbacks is in use."""
     return any(is_a(callback, "RichProgressBar", "RichModelSummary") for callback in callbacks(trainer))
+
+
+def clip_within(trainer: Trainer, context: Callable[[Any], AbstractContextManager[None]]) -> None:
+    """Have Lightning clip an optimizer's gradients inside a context, until :func:`clip_as_usual`."""
+    plugin = trainer.precision_plugin
+    clip = plugin.clip_gradients
+
+    def clip_gradients(optimizer: Any, clip_val: float = 0.0, *args: Any, **kwargs: Any) -> None:
+        with context(optimizer) if clip_val > 0 else nullcontext():
+            clip(optimizer, clip_val, *args, **kwargs)
+
+    vars(plugin)["clip_gradients"] = clip_gradients
+
+
+def clip_as_usual(trainer: Trainer) -> None:
+    """Undo :func:`clip_within`."""
+    vars(trainer.precision_plugin).pop("clip_gradients", None)
 
 
 def schedulers(trainer: Trainer) -> list[Any]:

@@ -1,6 +1,7 @@
 """The callback: one short method per hook, in the order in which Lightning calls them."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,11 +23,13 @@ from lightning_qinit.config import CalibrationConfig, LayerConfig, QuantConfig, 
 from lightning_qinit.export.best import check_calibrated, check_can_export, check_path, export_best
 from lightning_qinit.initializers import Initializer
 from lightning_qinit.insertion import (
+    Follower,
     adopt_steps,
     copy_quantizers,
     float_parameters,
     insert,
     named_quantizers,
+    published_gradients,
     quantized_layers,
     separate_steps,
 )
@@ -196,8 +199,10 @@ class QuantInitCallback(Callback):
         self._tracker: Tracker | None = None
         self._tracked: dict[str, Any] | None = None  # its state in the checkpoint that is resumed, or at the end
         self._groups = 0  # of parameters, in all optimizers
+        self._followers: list[Follower] = []  # groups of steps whose learning rate no scheduler sets
         self._calibrates = False  # has still to calibrate in this fit
         self._waits_for_batch = False  # has still to calibrate, on the first batch that training sees
+        self._inserted: set[str] = set()  # the layers that were in float before this fit
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -213,6 +218,9 @@ class QuantInitCallback(Callback):
             check_can_export(trainer, pl_module, self.export)
         self._check_before_loading(trainer, pl_module)
         self._calibrates = stage == "fit"
+        if stage == "fit":  # what is known of an earlier fit, maybe of another module; a checkpoint brings it back
+            self.report, self._shown, self._tracked, self._waits_for_batch = [], [], None, False
+            self._inserted = set()
         builds_late = _trainer.overrides(pl_module, "setup") or _trainer.overrides(pl_module, "configure_model")
         kernels: Kernels = "eager" if _trainer.is_dry_run(trainer) else self.kernels
         self._insert(pl_module, kernels, complete=not builds_late)
@@ -233,6 +241,8 @@ class QuantInitCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the optimizers and calibrate: the module is on its device, and a checkpoint has been loaded."""
         untrained = self._settle_optimizers(trainer, pl_module)
+        quantizers = list(named_quantizers(quantized_layers(pl_module)).values())
+        _trainer.clip_within(trainer, partial(published_gradients, quantizers))
         if _trainer.restores_late(trainer):
             return
         if untrained:
@@ -272,6 +282,8 @@ class QuantInitCallback(Callback):
             self._keep_weights(trainer, accumulates)
         if self._groups != _count_groups(trainer):  # a layer was unfrozen
             self._settle_optimizers(trainer, pl_module)
+        for follower in self._followers:
+            follower.follow()
         if self._waits_for_batch:
             self._waits_for_batch = False
             self._start(trainer, pl_module, batch)
@@ -359,13 +371,14 @@ class QuantInitCallback(Callback):
         """Leave no hook behind; the quantizers stay."""
         vars(pl_module).pop("configure_model", None)
         vars(pl_module).pop("on_load_checkpoint", None)
+        _trainer.clip_as_usual(trainer)
         if self._tracker is not None:
             self._tracked = self._tracker.state_dict()
         if self._monitor is not None:
             self._monitor.stop()
         self._monitor = self._tracker = None
         self._keep_weights(trainer, False)
-        self._quantizers = []
+        self._quantizers, self._followers = [], []
         release_scratch()
 
     @override
@@ -399,7 +412,8 @@ class QuantInitCallback(Callback):
         """Have every step in an optimizer, without weight decay; the layers that none trains."""
         layers = quantized_layers(pl_module)
         untrained = adopt_steps(layers, trainer.optimizers)
-        separate_steps(layers, trainer.optimizers, _trainer.schedulers(trainer), self.step_lr_scale)
+        schedulers = _trainer.schedulers(trainer)
+        self._followers += separate_steps(layers, trainer.optimizers, schedulers, self.step_lr_scale)
         self._groups = _count_groups(trainer)
         return untrained
 
@@ -411,14 +425,21 @@ class QuantInitCallback(Callback):
             )
 
     def _check_order(self, trainer: Trainer) -> None:
-        """Averaging callbacks copy the module when they are set up, so the quantizers must be there by then."""
+        """Averaging callbacks copy the module when they are set up; finetuning ones set groups when fit starts."""
+        order = _trainer.callbacks(trainer)
         for callback in _trainer.averaging_callbacks(trainer):
-            order = _trainer.callbacks(trainer)
             if order.index(callback) < order.index(self):
                 name = type(callback).__name__
                 raise MisconfigurationException(
                     f"`{name}` copies the module before this callback has inserted quantizers: put QuantInitCallback "
                     f"before {name} in `Trainer(callbacks=[...])`."
+                )
+        for callback in _trainer.finetuning_callbacks(trainer):
+            if order.index(callback) > order.index(self):
+                name = type(callback).__name__
+                raise MisconfigurationException(
+                    f"`{name}` puts back the parameter groups of a run that resumes, without those of steps that this "
+                    f"callback has made by then: put QuantInitCallback after {name} in `Trainer(callbacks=[...])`."
                 )
 
     def _check_before_loading(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -440,18 +461,22 @@ class QuantInitCallback(Callback):
         vars(pl_module)["on_load_checkpoint"] = check_then_load
 
     def _insert(self, pl_module: LightningModule, kernels: Kernels, complete: bool = True) -> None:
+        before = set(quantized_layers(pl_module))
         try:
-            insert(pl_module, self.config, complete, kernels)
+            layers = insert(pl_module, self.config, complete, kernels)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
+        self._inserted |= layers.keys() - before
 
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._calibrates:
             return
         self._calibrates = False
         layers = quantized_layers(pl_module)
-        if any(quantizer.is_calibrated for layer in layers.values() for quantizer in layer.quantizers().values()):
-            return  # resumed, or fitted before
+        used = {name: any(q.is_calibrated for q in layer.quantizers().values()) for name, layer in layers.items()}
+        new = self._inserted - {name for name, calibrated in used.items() if calibrated}
+        if any(used.values()) and (trainer.ckpt_path is not None or not new):
+            return  # resumed, or fitted before; but layers that are new since then still have to be calibrated
         check_weights(layers)
         if _trainer.is_stream(trainer):
             self._waits_for_batch = True
@@ -465,6 +490,7 @@ class QuantInitCallback(Callback):
         if not seen.first_run:
             rank_zero_warn("Calibration saw no training batch, so nothing is quantized.")
             return
+        starts = [start for start in starts if not start.quantizer.is_calibrated]  # of an earlier fit
         for start in starts:
             start.apply()
         set_statistics(statistics)

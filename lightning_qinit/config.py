@@ -262,6 +262,15 @@ def plain(config: QuantConfig) -> dict[str, Any]:
     return settings
 
 
+def plain_layer(config: LayerConfig) -> dict[str, Any]:
+    """What a layer is quantized with, as plain types: all settings but the initializers."""
+    roles = {f"{role}_quantizer": getattr(config, f"{role}_quantizer") or config.quantizer for role in ROLES}
+    bits = {f"{role}_bits": getattr(config, f"{role}_bits") for role in ROLES}
+    own = sorted(config.own_bits)
+    rest = {"per_channel": config.per_channel, "first_last_bits": config.first_last_bits, "own_bits": own}
+    return {key: _plain(value) for key, value in {**bits, **roles, **rest}.items()}
+
+
 def _plain(value: Any) -> Any:
     """One form for settings that mean the same: names, lists and numbers instead of objects."""
     if isinstance(value, Mapping):

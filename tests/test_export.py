@@ -13,6 +13,7 @@ from conftest import SmallNet
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from lightning_qinit import LSQ, calibrate, prepare
 from lightning_qinit.export import (
@@ -255,6 +256,14 @@ def test_what_cannot_be_exported_is_named():
     with pytest.raises(ValueError, match="`0` cannot be exported: it is parametrized"):
         fold(module)
     nn.utils.parametrize.remove_parametrizations(module[0], "weight")
+    assert torch.equal(fold(module)[0].weight, module[0].quantize_weight(module[0].weight))
+    for hook in (nn.utils.spectral_norm, lambda layer: prune.l1_unstructured(layer, "weight", 0.5)):
+        module = prepare(nn.Sequential(nn.Linear(3, 3)), first_last_bits=None)
+        hook(module[0])
+        calibrate(module, [torch.randn(4, 3)])
+        with pytest.raises(ValueError, match="`0` cannot be exported: a hook recomputes its weight"):
+            fold(module)
+    prune.remove(module[0], "weight")
     assert torch.equal(fold(module)[0].weight, module[0].quantize_weight(module[0].weight))
     refusal = "`0.input_quantizer` of Sequential learns no more, since the module was folded"
     with pytest.raises(ValueError, match=refusal):

@@ -14,12 +14,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.nn.utils import prune
+from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import MeanMetric
 
 from lightning_qinit import QuantInitCallback, Sample, calibrate, prepare
 from lightning_qinit.functional import optimal_scale
-from lightning_qinit.insertion import insert, quantized_layers, remove
+from lightning_qinit.insertion import insert, named_quantizers, quantized_layers, remove
 
 
 def quantizers(module: nn.Module) -> dict:
@@ -462,6 +463,98 @@ def test_weights_of_zero_start_at_the_size_they_will_have(make_trainer, per_chan
     (row,) = [row for row in callback.report if row.name == "head.weight"]
     assert row.step == pytest.approx(8**-0.5 / 8) and row.note == "no nonzero data"
     assert bool((model.head.weight_quantizer(model.head.weight) != 0).any())
+
+
+def test_other_settings_for_a_quantized_module_are_refused(make_trainer) -> None:
+    model = SmallNet()
+    make_trainer(quiet(), max_steps=1).fit(model, loader())
+    before = copy.deepcopy(model.state_dict())
+    for settings, named in (
+        ({"weight_bits": 2}, r"'stem' is quantized already, with {'weight_bits': 4}, now {'weight_bits': 2}"),
+        ({"quantizer": "apot"}, "'weight_quantizer': 'lsq'.* now {'weight_quantizer': 'apot'"),
+        ({"skip": ["body"]}, "'body' is quantized already, with .* now to be left in float"),
+        ({"overrides": {"head": {"per_channel": False}}}, "'head' is quantized already, with {'per_channel': True}"),
+    ):
+        with pytest.raises(MisconfigurationException, match=named):
+            make_trainer(quiet(**settings)).fit(model, loader())
+        with pytest.raises(ValueError, match=named):
+            prepare(model, **settings)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    make_trainer(quiet(initializer="minmax", quantizer={"name": "lsq"}), max_steps=1).fit(model, loader())
+
+
+def test_layers_that_are_new_in_a_calibrated_module_are_calibrated(make_trainer) -> None:
+    model = SmallNet()
+    make_trainer(quiet(), max_epochs=1).fit(model, loader())
+    model.head = nn.Linear(8, 3)
+    steps = {q: q.step.clone() for q in named_quantizers(quantized_layers(model)).values()}
+    callback, model.learning_rate = quiet(), 0.0
+    make_trainer(callback, max_steps=1).fit(model, loader())
+    assert [row.name for row in callback.report] == ["head.weight", "head.input"]
+    assert {row.bits for row in callback.report} == {8}  # the last layer
+    assert len(steps) == 6 and all(torch.equal(quantizer.step, step) for quantizer, step in steps.items())
+
+
+def test_steps_of_weights_that_a_hook_recomputes_are_trained(make_trainer) -> None:
+    model = SmallNet()
+    nn.utils.spectral_norm(model.hidden)
+    prune.l1_unstructured(model.body, "weight", 0.5)
+    nn.utils.spectral_norm(model.head).requires_grad_(False)
+    for x, _ in 5 * list(loader()):
+        model(x)  # the norm is found by iteration
+    make_trainer(quiet(), max_steps=2).fit(model, loader())
+    moved = {name for name, q in named_quantizers(quantized_layers(model)).items() if not q.step.equal(q.initial_step)}
+    assert moved == {f"{name}.{what}" for name in ("stem", "body", "hidden") for what in ("weight", "input")}
+
+
+def test_a_callback_that_is_used_again_brings_nothing_along(make_trainer) -> None:
+    def train(callback: QuantInitCallback, net: pl.LightningModule) -> dict[str, Tensor]:
+        make_trainer(callback, max_steps=2).fit(net, loader(shuffle=False))
+        return net.state_dict()
+
+    settings = {"freeze_oscillating": 1e-4, "weight_bits": 2, "first_last_bits": None}
+    used, model = quiet(**settings), SmallNet(learning_rate=2.0)
+    make_trainer(used, max_epochs=4).fit(model, loader())
+    assert any(bool((frozen >= 0).any()) for frozen in used.state_dict()["oscillation"]["frozen"].values())
+    again, fresh = SmallNet(), SmallNet()
+    again.dropout.p = fresh.dropout.p = 0.0
+    fresh.load_state_dict(again.state_dict())
+    expected = train(quiet(**settings), fresh)
+    assert all(torch.equal(value, expected[name]) for name, value in train(used, again).items())
+
+    class Other(SmallNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = self.head
+            del self.head
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(self.stem(x)).relu()
+            return self.last(self.hidden((x + self.body(x)).relu().flatten(1)).relu())
+
+    train(used, Other())
+    assert {row.name.split(".")[0] for row in used.report} == {"stem", "body", "hidden", "last"}
+
+
+def test_a_batch_that_can_be_read_once_is_trained_on_as_it_came(make_trainer) -> None:
+    class Once(IterableDataset):
+        def __init__(self) -> None:
+            self.batches = iter([{"x": torch.randn(8, 1, 6, 6), "y": torch.arange(8) % 3} for _ in range(3)])
+
+        def __iter__(self) -> "Once":
+            return self
+
+        def __next__(self) -> dict[str, Tensor]:
+            return next(self.batches)
+
+    class Takes(SmallNet):
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            return nn.functional.cross_entropy(self(batch["x"].div_(2)), batch.pop("y"))
+
+    model, callback = Takes(), quiet()
+    trainer = make_trainer(callback, max_epochs=1)
+    trainer.fit(model, DataLoader(Once(), batch_size=None))
+    assert trainer.global_step == 3 and len(callback.report) == 8
 
 
 def test_two_ranks_start_from_the_same_steps_and_log_the_same_as_one_process(tmp_path: Path) -> None:

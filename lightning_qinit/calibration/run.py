@@ -1,5 +1,6 @@
 """The calibration pass of a Trainer."""
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -81,7 +82,7 @@ def _average(trainer: Trainer, mean: Tensor, variance: Tensor, batches: Tensor) 
 @contextmanager
 def _batches(trainer: Trainer, most: int, batch: Any) -> Iterator[Any]:
     if batch is not NOTHING:
-        yield [batch]
+        yield [copy.deepcopy(batch)]  # training takes the same one next, and a step may take it apart
         return
     here = math.ceil(most / trainer.world_size)
     shown = trainer.is_global_zero and getattr(trainer.progress_bar_callback, "is_enabled", False)

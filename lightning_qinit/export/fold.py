@@ -59,6 +59,11 @@ def check_foldable(module: nn.Module) -> None:
                 f"`{name}` cannot be exported: it is parametrized; call `torch.nn.utils.parametrize."
                 "remove_parametrizations` first, which leaves the weight that is used."
             )
+        if hooked := [what for what in layer.parameter_quantizers() if what not in layer._parameters]:
+            raise ValueError(
+                f"`{name}` cannot be exported: a hook recomputes its {hooked[0]} (pruning, spectral or weight norm); "
+                "remove it first, as `torch.nn.utils.prune.remove` does, which leaves the weight that is used."
+            )
         for quantizer in layer.input_quantizers().values():
             if quantizer.active:
                 try:

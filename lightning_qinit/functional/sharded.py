@@ -10,12 +10,17 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor if gather is None else gather()
 
 
+def spread_like(values: Tensor, target: Tensor) -> Tensor:
+    """All values of a tensor, spread over ranks as another is."""
+    if not hasattr(target, "full_tensor"):
+        return values
+    from torch.distributed.tensor import DTensor, distribute_tensor  # not in every build of torch
+
+    assert isinstance(target, DTensor)
+    return distribute_tensor(values, target.device_mesh, target.placements)
+
+
 @torch.no_grad()
 def copy_whole(target: Tensor, values: Tensor) -> None:
     """Copy all values into a tensor, into each rank's part of it if it is spread over ranks."""
-    if hasattr(target, "full_tensor"):
-        from torch.distributed.tensor import DTensor, distribute_tensor  # not in every build of torch
-
-        assert isinstance(target, DTensor)
-        values = distribute_tensor(values, target.device_mesh, target.placements)
-    target.copy_(values)
+    target.copy_(spread_like(values, target))

@@ -9,5 +9,7 @@ from lightning_qinit.insertion.insert import remove as remove
 from lightning_qinit.insertion.layers import QUANTIZED_LAYERS as QUANTIZED_LAYERS
 from lightning_qinit.insertion.layers import QuantizedLayer as QuantizedLayer
 from lightning_qinit.insertion.layers import held as held
+from lightning_qinit.insertion.optimizers import Follower as Follower
 from lightning_qinit.insertion.optimizers import adopt_steps as adopt_steps
+from lightning_qinit.insertion.optimizers import published_gradients as published_gradients
 from lightning_qinit.insertion.optimizers import separate_steps as separate_steps

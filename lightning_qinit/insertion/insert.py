@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torchmetrics import Metric
 
-from lightning_qinit.config import LayerConfig, QuantConfig
+from lightning_qinit.config import LayerConfig, QuantConfig, plain_layer
 from lightning_qinit.insertion.layers import QUANTIZED_LAYERS, QuantizedLayer, held
 from lightning_qinit.quantizers import Quantizer
 from lightning_qinit.quantizers.frozen import refuse_frozen
@@ -36,6 +36,7 @@ def insert(
     if complete:
         config.check_patterns(candidates)
     chosen = _chosen(candidates, config)
+    _check_same_settings(candidates, chosen)
     if complete and not chosen:
         types = ", ".join(layer.__name__ for layer in QUANTIZED_LAYERS)
         reason = f"none is of type {types}" if not candidates else "`skip` or `overrides` leave all of them in float"
@@ -52,6 +53,22 @@ def insert(
     for quantizer in named_quantizers(layers).values():
         quantizer.kernels = kernels
     return layers
+
+
+def _check_same_settings(candidates: Mapping[str, nn.Module], chosen: Mapping[str, LayerConfig]) -> None:
+    """Refuse other settings for layers that are quantized already; initializers may differ."""
+    for name, layer in candidates.items():
+        if isinstance(layer, QuantizedLayer):
+            theirs = plain_layer(layer.quant_config)
+            asked = plain_layer(chosen[name]) if name in chosen else None
+            if asked != theirs:
+                other = {key: value for key, value in (asked or {}).items() if theirs[key] != value}
+                wanted = f"now {other}" if asked else "now to be left in float"
+                had = {key: theirs[key] for key in other} if asked else theirs
+                raise ValueError(
+                    f"The layer {name!r} is quantized already, with {had}, {wanted}: a quantized module keeps its "
+                    "settings. Use the same, or start from the float module."
+                )
 
 
 def _shared_weights(candidates: Mapping[str, nn.Module], chosen: Mapping[str, LayerConfig]) -> dict[int, Quantizer]:
@@ -160,7 +177,9 @@ def _quantize_layer(layer: nn.Module, config: LayerConfig, shared: dict[int, Qua
     for attribute, named in (("weight_quantizer", of_weights), ("input_quantizer", of_inputs)):
         quantizers = held(named)
         layer.register_module(attribute, quantizers)
-        if quantizers is not None and not any(weight.requires_grad for weight in weights.values()):
+        # pruning and spectral norm recompute a weight from the parameter that they put beside it
+        learned = [getattr(layer, f"{name}_orig", weight) for name, weight in weights.items()]
+        if quantizers is not None and not any(weight.requires_grad for weight in learned):
             quantizers.requires_grad_(False)  # a frozen layer stays frozen as a whole
     layer.__class__ = quantized
     vars(layer)["quant_config"] = config  # no parameter, buffer or module: past nn.Module's own bookkeeping

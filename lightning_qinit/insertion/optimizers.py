@@ -1,11 +1,15 @@
 """Every step ends in an optimizer exactly once, without weight decay and at its own learning rate."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 from torch.optim import LBFGS, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
+from lightning_qinit.functional.sharded import spread_like
 from lightning_qinit.insertion.layers import QuantizedLayer
+from lightning_qinit.quantizers import Quantizer
 
 # Learning rates in a parameter group, and what the schedulers of torch keep per group.
 RATES = ("lr", "initial_lr", "max_lr", "min_lr", "base_lrs", "max_lrs", "min_lrs", "_last_lr")
@@ -38,9 +42,23 @@ def adopt_steps(layers: Mapping[str, QuantizedLayer], optimizers: Iterable[Optim
     return untrained
 
 
+class Follower(NamedTuple):
+    """A parameter group whose learning rate has to follow another's, since no scheduler knows of it."""
+
+    optimizer: Optimizer
+    group: int
+    source: int
+    lr_scale: float
+
+    def follow(self) -> None:
+        """Take the learning rate that the other has now."""
+        groups = self.optimizer.param_groups
+        groups[self.group]["lr"] = groups[self.source]["lr"] * self.lr_scale
+
+
 def separate_steps(
     layers: Mapping[str, QuantizedLayer], optimizers: Iterable[Optimizer], schedulers: Iterable[Any], lr_scale: float
-) -> None:
+) -> list[Follower]:
     """Give the steps of a group that decays its weights a group of their own that does not.
 
     Weight decay pulls a step towards zero, where it means nothing (LSQ+ and others leave steps out of it). The new
@@ -53,12 +71,19 @@ def separate_steps(
         schedulers: its schedulers.
         lr_scale: learning rate of steps relative to that of the group they come from.
 
+    Returns:
+        The new groups of optimizers with a scheduler that is not one of torch's, which may set the rates of the groups
+        that it was built for only.
+
     Raises:
         ValueError: if an optimizer that has one group only (L-BFGS) would need a second.
     """
     steps = {id(p) for layer in layers.values() for q in layer.quantizers().values() for p in q.parameters()}
+    followers = []
     for optimizer in optimizers:
-        its_schedulers = [s for scheduler in schedulers for s in _nested(scheduler) if s.optimizer is optimizer]
+        nested = [s for scheduler in schedulers for s in _nested(scheduler)]
+        its_schedulers = [s for s in nested if getattr(s, "optimizer", optimizer) is optimizer]
+        foreign = not all(isinstance(s, LRScheduler) for s in its_schedulers)
         for index, group in enumerate(list(optimizer.param_groups)):
             mine = [p for p in group["params"] if id(p) in steps]
             apart = len(mine) == len(group["params"])  # a group of the user's own, or from an earlier fit
@@ -76,6 +101,32 @@ def separate_steps(
                 for name, values in vars(scheduler).items():
                     if name in PER_GROUP and isinstance(values, list) and len(values) == groups:
                         values.append(_scaled(name, values[index], lr_scale))
+            if foreign:
+                followers.append(Follower(optimizer, groups, index, lr_scale))
+    return followers
+
+
+@contextmanager
+def published_gradients(quantizers: Iterable[Quantizer], optimizer: Optimizer) -> Iterator[None]:
+    """Within, an optimizer's steps and offsets have the gradients to them in units of the data, to be clipped.
+
+    Outside they have those in units of where they started, for the optimizer: larger by far where steps are small, so
+    that they alone would decide the norm of all gradients.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    pairs = [
+        (p.grad, spread_like(quantizer.initial_step, p.grad))
+        for quantizer in quantizers
+        for p in quantizer.parameters()
+        if id(p) in held and p.grad is not None and p.grad.shape == quantizer.initial_step.shape
+    ]
+    for grad, unit in pairs:
+        grad.mul_(unit)
+    try:
+        yield
+    finally:
+        for grad, unit in pairs:
+            grad.div_(unit)
 
 
 def _scaled(name: str, value: Any, lr_scale: float) -> Any:

@@ -135,8 +135,7 @@ def test_batch_size_finder(make_trainer) -> None:
     assert model.batch_size > 2 and len(callback.report) == 8
 
 
-@pytest.mark.parametrize("ours_first", [True, False])
-def test_finetuning(make_trainer, ours_first: bool) -> None:
+def test_finetuning(make_trainer, tmp_path) -> None:
     class Unfreeze(BaseFinetuning):
         def freeze_before_training(self, pl_module: pl.LightningModule) -> None:
             self.freeze([pl_module.stem, pl_module.body])
@@ -159,8 +158,7 @@ def test_finetuning(make_trainer, ours_first: bool) -> None:
             moved = {name: not torch.equal(q.step, q.initial_step) for name, q in quantizers(pl_module).items()}
             seen.append({name for name, has in moved.items() if has})
 
-    order = [callback, Unfreeze()] if ours_first else [Unfreeze(), callback]
-    trainer = make_trainer(*order, Frozen(), max_epochs=2)
+    trainer = make_trainer(Unfreeze(), callback, Frozen(), max_epochs=2)
     trainer.fit(model, loader())
     first, second = seen
     assert not any(name.startswith(("stem", "body")) for name in first)
@@ -170,6 +168,13 @@ def test_finetuning(make_trainer, ours_first: bool) -> None:
     assert len(held) == len(set(held)) == len(list(model.parameters()))
     steps = {id(q.relative_step) for q in quantizers(model).values()}
     assert all(group["weight_decay"] == 0 for group in groups if steps & {id(p) for p in group["params"]})
+
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = make_trainer(Unfreeze(), quiet(), max_epochs=3)
+    resumed.fit(Filtered(), loader(), ckpt_path=tmp_path / "half.ckpt")
+    assert resumed.current_epoch == 3
+    with pytest.raises(MisconfigurationException, match="put QuantInitCallback after Unfreeze in"):
+        make_trainer(quiet(), Unfreeze()).fit(Filtered(), loader())
 
 
 def test_early_stopping_and_checkpoints_on_a_quantization_metric(make_trainer, tmp_path) -> None:

@@ -297,6 +297,72 @@ def test_gan(make_trainer, settings: dict) -> None:
     assert trainer.global_step == 8 and all(moved)
 
 
+def test_gradients_are_clipped_as_those_to_the_step_itself(make_trainer) -> None:
+    class Seen(pl.Callback):
+        """Parameters, gradients, and what carries the latter to units of the data, before clipping."""
+
+        def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+            units = {
+                id(q.relative_step): q.initial_step for q in named_quantizers(quantized_layers(pl_module)).values()
+            }
+            self.of = {
+                name: (p.detach().clone(), p.grad.double(), units.get(id(p), torch.ones(())))
+                for name, p in pl_module.named_parameters()
+            }
+
+    seen = Seen()
+    model = with_optimizer(lambda m: torch.optim.SGD(m.parameters(), 0.5))
+    trainer = make_trainer(quiet(), seen, gradient_clip_val=0.01, max_steps=1)
+    trainer.fit(model, loader())
+    published = torch.stack([(grad * unit).square().sum() for _, grad, unit in seen.of.values()]).sum().sqrt()
+    relative = torch.stack([grad.square().sum() for _, grad, _ in seen.of.values()]).sum().sqrt()
+    assert 0.1 < published < relative / 3  # in other units the norm would be another
+    for name, parameter in model.named_parameters():
+        before, grad, _ = seen.of[name]
+        expected = before - 0.5 * grad * 0.01 / published
+        assert torch.allclose(parameter.double(), expected, rtol=1e-6, atol=1e-8), name
+    assert "clip_gradients" not in vars(trainer.precision_plugin)
+
+
+def test_steps_follow_a_scheduler_that_is_not_torchs(make_trainer) -> None:
+    class Warmup:
+        """Knows the groups that there are when it is built, as timm's schedulers do."""
+
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer, self.bases, self.count = optimizer, [g["lr"] for g in optimizer.param_groups], 0
+            optimizer.param_groups[0]["lr"] = 0.0
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"count": self.count}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.count = state["count"]
+
+        def step(self) -> None:
+            self.count += 1
+            for group, base in zip(self.optimizer.param_groups, self.bases, strict=False):
+                group["lr"] = base * min(1.0, self.count / 3)
+
+    class Scheduled(SmallNet):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.AdamW(self.parameters(), 0.01)
+            return [optimizer], [{"scheduler": Warmup(optimizer), "interval": "step"}]
+
+        def lr_scheduler_step(self, scheduler: Warmup, metric: Any) -> None:
+            scheduler.step()
+
+    rates = []
+
+    class Rates(pl.Callback):
+        def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+            rates.append([group["lr"] for group in optimizer.param_groups])
+
+    model = Scheduled()
+    make_trainer(quiet(step_lr_scale=0.5), Rates(), max_steps=4).fit(model, loader())
+    assert [steps / weights for weights, steps in rates[1:]] == pytest.approx([0.5] * 3) and rates[0] == [0.0, 0.0]
+    assert all(not torch.equal(q.step, q.initial_step) for q in named_quantizers(quantized_layers(model)).values())
+
+
 def test_accumulation_and_clipping(make_trainer) -> None:
     model = with_optimizer(lambda m: torch.optim.SGD(m.parameters(), 0.1))
     trainer = make_trainer(quiet(), accumulate_grad_batches=2, gradient_clip_val=0.5, max_epochs=2)
