@@ -17,7 +17,7 @@ from lightning_qinit.batchnorm import fold_alike
 from lightning_qinit.calibration import check_weights, set_statistics, warn_blind
 from lightning_qinit.calibration.run import choose_in_training
 from lightning_qinit.calibration.widths import WIDTHS
-from lightning_qinit.checkpoint import differences, has_quantizers, saved_settings
+from lightning_qinit.checkpoint import STATE_KEY, differences, has_quantizers, saved_settings
 from lightning_qinit.checks import check, check_whole, is_number
 from lightning_qinit.config import CalibrationConfig, LayerConfig, QuantConfig, plain, shorten
 from lightning_qinit.export.best import check_calibrated, check_can_export, check_path, export_best
@@ -42,7 +42,7 @@ from lightning_qinit.monitoring import (
     make_row,
     tensorboard,
 )
-from lightning_qinit.monitoring.oscillation import Tracker, damp
+from lightning_qinit.monitoring.oscillation import Tracker, check_untransformed, damp
 from lightning_qinit.monitoring.publish import publish_end_figures, publish_report, publish_start_figures, worst
 from lightning_qinit.quantizers import Quantizer
 from lightning_qinit.quantizers.fused import release_scratch
@@ -242,6 +242,8 @@ class QuantInitCallback(Callback):
         """Check the optimizers and calibrate: the module is on its device, and a checkpoint has been loaded."""
         untrained = self._settle_optimizers(trainer, pl_module)
         quantizers = list(named_quantizers(quantized_layers(pl_module)).values())
+        if self.damp_oscillation or self.freeze_oscillating is not None:
+            check_untransformed(quantized_layers(pl_module))
         _trainer.clip_within(trainer, partial(published_gradients, quantizers))
         if _trainer.restores_late(trainer):
             return
@@ -347,12 +349,16 @@ class QuantInitCallback(Callback):
         """Quantize every weight once. Say so if the numbers are those of the float module."""
         if trainer.state.fn != "fit":
             self._warn_if_float(pl_module)
+        if self._monitor is not None:  # open between two batches of one step
+            self._monitor.pause()
         self._start_evaluation(trainer, pl_module)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Training changes weights."""
         self._keep_weights(trainer, False)
+        if self._monitor is not None:
+            self._monitor.resume()
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -385,6 +391,12 @@ class QuantInitCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """As at teardown, which an exception skips."""
         self.teardown(trainer, pl_module, "exception")
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """The same for subclasses, so that what they trained can be loaded."""
+        return STATE_KEY
 
     @override
     def state_dict(self) -> dict[str, Any]:

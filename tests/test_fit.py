@@ -18,7 +18,7 @@ from torch.nn.utils import prune
 from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import MeanMetric
 
-from lightning_qinit import QuantInitCallback, Sample, calibrate, prepare
+from lightning_qinit import QuantInitCallback, Sample, calibrate, load_from_checkpoint, prepare, restore
 from lightning_qinit.functional import optimal_scale
 from lightning_qinit.insertion import insert, named_quantizers, quantized_layers, remove
 
@@ -505,6 +505,54 @@ def test_steps_of_weights_that_a_hook_recomputes_are_trained(make_trainer) -> No
     make_trainer(quiet(), max_steps=2).fit(model, loader())
     moved = {name for name, q in named_quantizers(quantized_layers(model)).items() if not q.step.equal(q.initial_step)}
     assert moved == {f"{name}.{what}" for name in ("stem", "body", "hidden") for what in ("weight", "input")}
+
+
+def test_lazy_layers_are_refused(make_trainer) -> None:
+    model = SmallNet()
+    model.head = nn.LazyLinear(3)
+    with pytest.raises(MisconfigurationException, match="of layer 'head' have no shape yet, since it is lazy"):
+        make_trainer(quiet()).fit(model, loader())
+    assert not quantized_layers(model)
+    model(next(iter(loader()))[0])
+    make_trainer(quiet(), max_steps=1).fit(model, loader())
+
+
+def test_calibration_gives_a_generator_of_the_module_back(make_trainer) -> None:
+    class Noisy(SmallNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.generator = torch.Generator().manual_seed(3)
+            self.drawn: list[float] = []
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            self.drawn.append(float(torch.randn((), generator=self.generator)))
+            return super().training_step(batch, batch_idx)
+
+    runs = []
+    for callbacks in ([], [quiet()]):
+        model = Noisy()
+        make_trainer(*callbacks, max_steps=3).fit(model, loader())
+        runs.append(model.drawn)
+    assert runs[0] == runs[1]
+
+
+def test_what_a_subclass_trained_is_loaded(make_trainer, tmp_path: Path) -> None:
+    class Mine(QuantInitCallback):
+        pass
+
+    class Restoring(SmallNet):
+        def on_load_checkpoint(self, checkpoint: dict) -> None:
+            restore(self, checkpoint)
+
+    model = Restoring()
+    trainer = make_trainer(Mine(print_report=False, kernels="eager"), max_steps=1)
+    trainer.fit(model, loader())
+    trainer.save_checkpoint(tmp_path / "mine.ckpt")
+    loaded = load_from_checkpoint(SmallNet, tmp_path / "mine.ckpt")
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+    resumed = Restoring()
+    make_trainer(quiet(kernels="eager"), max_steps=2).fit(resumed, loader(), ckpt_path=tmp_path / "mine.ckpt")
+    assert {q.kernels for q in named_quantizers(quantized_layers(resumed)).values()} == {"eager"}
 
 
 def test_a_callback_that_is_used_again_brings_nothing_along(make_trainer) -> None:

@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import SmallNet, loader, quiet
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import RichModelSummary
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import Tensor, nn
@@ -462,3 +463,35 @@ def test_two_hundred_layers_stay_readable(make_trainer, tmp_path, capsys) -> Non
     text = events.Tensors("quantization/text_summary")[0].tensor_proto.string_val[0].decode()
     errors = [float(line.split("|")[7]) for line in text.splitlines() if line.startswith("| ") and "e-" in line]
     assert len(errors) > 150 and errors == sorted(errors, reverse=True)
+
+
+def test_validation_within_a_step_is_not_measured(make_trainer) -> None:
+    class Loud(SmallNet):
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self(100 * batch[0])
+
+    class Errors(pl.Callback):
+        def __init__(self) -> None:
+            self.seen: list[float] = []
+
+        def on_train_batch_end(self, trainer: pl.Trainer, *arguments: object) -> None:
+            self.seen.append(float(trainer.callback_metrics["quant_error/mean"]))
+
+    runs = []
+    for validation in (None, loader(shuffle=False)):
+        torch.manual_seed(0)
+        model, errors = Loud(), Errors()
+        model.dropout.p = 0.0
+        trainer = make_trainer(
+            quiet(), errors, accumulate_grad_batches=2, val_check_interval=1, log_every_n_steps=1, max_epochs=1
+        )
+        trainer.fit(model, loader(shuffle=False), validation)
+        runs.append(errors.seen)
+    assert runs[0] == runs[1] and len(set(runs[0])) > 1
+
+
+@pytest.mark.parametrize("setting", [{"damp_oscillation": 1.0}, {"freeze_oscillating": 0.01}])
+def test_remedies_refuse_weights_that_are_normalized(make_trainer, setting: dict) -> None:
+    callback = quiet(weight_quantizer={"name": "apot", "normalize": True}, skip=["stem"], **setting)
+    with pytest.raises(MisconfigurationException, match="normalizes the weight of layer 'body' before"):
+        make_trainer(callback).fit(SmallNet(), loader())

@@ -3,13 +3,14 @@
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-Restore = Callable[[], None]
+Restore = Callable[[], object]
 
 
 @contextmanager
@@ -48,9 +49,11 @@ def _keep_attributes(module: nn.Module, seen: set[int]) -> Restore:
 
 
 def _keep(value: Any, seen: set[int]) -> Restore:
-    """Remember the contents of builtin containers, and those within them, and of tensors held as attributes."""
+    """Remember the contents of builtin containers, and those within them, and of tensors and random generators."""
     if isinstance(value, Tensor):
         return _keep_tensor(value, seen)
+    if isinstance(value, torch.Generator):
+        return partial(value.set_state, value.get_state())
     if type(value).__module__ not in ("builtins", "collections") or id(value) in seen:
         return _nothing
     if not isinstance(value, (list, deque, dict, set)):

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
 from lightning_qinit.config import LayerConfig, QuantConfig, plain_layer
@@ -14,7 +15,7 @@ from lightning_qinit.quantizers.kernels import Kernels
 
 
 def insert(
-    module: nn.Module, config: QuantConfig, complete: bool = True, kernels: Kernels = "auto"
+    module: nn.Module, config: QuantConfig, complete: bool = True, kernels: Kernels | None = None
 ) -> dict[str, QuantizedLayer]:
     """Turn the layers that ``config`` asks for into quantized ones, in place; those that are stay untouched.
 
@@ -22,7 +23,8 @@ def insert(
         module: any module.
         config: what to quantize and how.
         complete: whether the module has all its layers by now. If not, a pattern may match none of them yet.
-        kernels: how all quantizers compute from now on, those that there were included.
+        kernels: how all quantizers compute from now on, those that there were included; ``None`` leaves them as they
+            are, which is ``"auto"`` for new ones.
 
     Returns:
         All quantized layers of the module by name.
@@ -32,6 +34,8 @@ def insert(
             then.
     """
     refuse_frozen(module)
+    if complete:
+        _refuse_lazy(module)
     candidates = dict(_candidates(module))
     if complete:
         config.check_patterns(candidates)
@@ -50,9 +54,19 @@ def insert(
             # in eval mode it would pack padded sequences for a fused path that never calls its layers
             vars(encoder).update(use_nested_tensor=False, used_nested_tensor=True)
     layers = quantized_layers(module)
-    for quantizer in named_quantizers(layers).values():
-        quantizer.kernels = kernels
+    if kernels is not None:
+        for quantizer in named_quantizers(layers).values():
+            quantizer.kernels = kernels
     return layers
+
+
+def _refuse_lazy(module: nn.Module) -> None:
+    for name, child in module.named_modules():
+        if any(is_lazy(parameter) for parameter in child.parameters(recurse=False)):
+            raise ValueError(
+                f"The parameters of layer {name!r} have no shape yet, since it is lazy: run the module on a batch "
+                "before it is quantized."
+            )
 
 
 def _check_same_settings(candidates: Mapping[str, nn.Module], chosen: Mapping[str, LayerConfig]) -> None:

@@ -59,7 +59,7 @@ class Monitor:
         self.tracker = tracker
         self.keep: frozenset[str] = frozenset()
         self.kept: dict[str, Tensor] = {}
-        self._open = False
+        self._open = self._paused = False
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
         self._states: dict[str, Tensor] = {}
@@ -80,11 +80,23 @@ class Monitor:
                 quantizer.watch = partial(self._add, name)
             self._open = True
 
+    def pause(self) -> None:
+        """Leave what runs until :meth:`resume` out of a measurement that is open."""
+        paused = self._open
+        self.stop()
+        self._paused = paused
+
+    def resume(self) -> None:
+        """Go on, if a measurement was paused."""
+        if self._paused:
+            self.open()
+            self._paused = False
+
     def stop(self) -> None:
         """Stop measuring, whatever was measured."""
         for quantizer in self.quantizers.values():
             quantizer.watch = None
-        self._open = False
+        self._open = self._paused = False
 
     def close(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Stop measuring and return what was measured by its logged name.

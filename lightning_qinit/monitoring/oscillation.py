@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_qinit.functional.fake_quantize import broadcast_channels
@@ -119,6 +120,18 @@ class Tracker:
             for key, value in values.items():
                 setattr(self.oscillation[name], key, value.to(device) if isinstance(value, Tensor) else value)
         self.frozen = {name: frozen.to(self.oscillation[name].rate.device) for name, frozen in state["frozen"].items()}
+
+
+def check_untransformed(layers: Mapping[str, QuantizedLayer]) -> None:
+    """Raise ``MisconfigurationException`` for weights that are no multiples of a step, since they are normalized."""
+    values = torch.tensor([1.0, 2.0, 4.0])
+    for name, layer in layers.items():
+        for quantizer in layer.weight_quantizers().values():
+            if not torch.equal(quantizer.transform(values), values):
+                raise MisconfigurationException(
+                    f"`damp_oscillation` and `freeze_oscillating` move weights to levels of their quantizer, but it "
+                    f"normalizes the weight of layer {name!r} before: use a quantizer that does not."
+                )
 
 
 @torch.no_grad()
