@@ -89,7 +89,7 @@ class Sharded(SmallNet):
 
 torch.manual_seed(0)
 strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-run = trainer(strategy, max_epochs=2)
+run = trainer(strategy, max_epochs=2, gradient_clip_val=1.0)
 model = Sharded()
 run.fit(model, loader(batch_size=8, shuffle=False))
 steps = {}
