@@ -209,4 +209,6 @@ def test_insert_calibrate_train_reload_and_test(name: str, make_trainer: Callabl
 
 
 def callback() -> QuantInitCallback:
-    return QuantInitCallback(weight_bits=4, activation_bits=4, calibration_batches=1, print_report=False)
+    # what takes long and has tests of its own is left out: compiling, and solving for the optimum while training
+    settings = {"kernels": "eager", "log_quantizers": ["step", "error", "levels_used"], "print_report": False}
+    return QuantInitCallback(weight_bits=4, activation_bits=4, calibration_batches=1, **settings)
