@@ -20,7 +20,7 @@ from torchmetrics import MeanMetric
 
 from lightning_qinit import QuantInitCallback, Sample, calibrate, load_from_checkpoint, prepare, restore
 from lightning_qinit.functional import optimal_scale
-from lightning_qinit.insertion import insert, named_quantizers, quantized_layers, remove
+from lightning_qinit.insertion import insert, quantized_layers, remove
 
 
 def quantizers(module: nn.Module) -> dict:
@@ -487,7 +487,7 @@ def test_layers_that_are_new_in_a_calibrated_module_are_calibrated(make_trainer)
     model = SmallNet()
     make_trainer(quiet(), max_epochs=1).fit(model, loader())
     model.head = nn.Linear(8, 3)
-    steps = {q: q.step.clone() for q in named_quantizers(quantized_layers(model)).values()}
+    steps = {q: q.step.clone() for q in quantizers(model).values()}
     callback, model.learning_rate = quiet(), 0.0
     make_trainer(callback, max_steps=1).fit(model, loader())
     assert [row.name for row in callback.report] == ["head.weight", "head.input"]
@@ -503,7 +503,7 @@ def test_steps_of_weights_that_a_hook_recomputes_are_trained(make_trainer) -> No
     for x, _ in 5 * list(loader()):
         model(x)  # the norm is found by iteration
     make_trainer(quiet(), max_steps=2).fit(model, loader())
-    moved = {name for name, q in named_quantizers(quantized_layers(model)).items() if not q.step.equal(q.initial_step)}
+    moved = {name for name, q in quantizers(model).items() if not q.step.equal(q.initial_step)}
     assert moved == {f"{name}.{what}" for name in ("stem", "body", "hidden") for what in ("weight", "input")}
 
 
@@ -552,7 +552,7 @@ def test_what_a_subclass_trained_is_loaded(make_trainer, tmp_path: Path) -> None
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
     resumed = Restoring()
     make_trainer(quiet(kernels="eager"), max_steps=2).fit(resumed, loader(), ckpt_path=tmp_path / "mine.ckpt")
-    assert {q.kernels for q in named_quantizers(quantized_layers(resumed)).values()} == {"eager"}
+    assert {q.kernels for q in quantizers(resumed).values()} == {"eager"}
 
 
 def test_a_callback_that_is_used_again_brings_nothing_along(make_trainer) -> None:

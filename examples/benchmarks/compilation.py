@@ -74,9 +74,9 @@ def main() -> None:
                 files = sum(path.is_file() for path in Path(empty).rglob("*"))
                 first, following, eager = (fit_apart(cache, network, kernels) for kernels in ("auto", "auto", "eager"))
             rows.append({"network": network, "eager": eager, "first": first, "next": following, "dry_files": files})
-            seconds = "".join(f"{value:8.1f}s" for value in (eager, first, following))
+            took = "".join(f"{value:8.1f}s" for value in (eager, first, following))
             added = "".join(f"{value - eager:8.1f}s" for value in (first, following))
-            print(f"{network:22} {seconds}{added:>26}{files:10} files", flush=True)
+            print(f"{network:22} {took}{added:>26}{files:10} files", flush=True)
     write(arguments, rows)
 
 

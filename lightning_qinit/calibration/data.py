@@ -47,8 +47,8 @@ class CalibrationData:
         self.layers, self.observation = layers, observation
         self._users: dict[int, list[str]] = {}
         for name, layer in layers.items():
-            for quantizer in {id(quantizer): quantizer for quantizer in layer.quantizers().values()}:
-                self._users.setdefault(quantizer, []).append(name)
+            for key in {id(quantizer) for quantizer in layer.quantizers().values()}:
+                self._users.setdefault(key, []).append(name)
 
     def users_of(self, quantizer: Quantizer) -> list[str]:
         """The layers that use a quantizer: several, if their weights are tied."""
@@ -56,7 +56,9 @@ class CalibrationData:
 
     def of(self, full_name: str) -> QuantizerData | None:
         """The data of a quantizer; ``None`` if its layer never ran or it saw nothing."""
-        layer, quantizer, what = self._find(full_name)
+        name, _, what = full_name.rpartition(".")
+        layer = self.layers[name]
+        quantizer = layer.quantizers()[what]
         if not any(user in self.observation.first_run for user in self.users_of(quantizer)):
             return None
         weight = layer.weights().get(what)
@@ -74,21 +76,16 @@ class CalibrationData:
             sample, signed, reach = sketch.sample(), sketch.signed, 1.0
         weighted, note = sample, ""
         if self.observation.criterion in ("fisher", "hessian"):
-            weighted, note = self._by_importance(full_name, sample)
+            weighted, note = self._by_importance(full_name, quantizer, sample)
         elif self.observation.criterion == "output" and weight is not None:
-            weighted, note = self._by_outputs(full_name, sample, weight)
+            weighted, note = self._by_outputs(what, quantizer, sample, weight)
         return QuantizerData(sample, weighted, signed, reach, note)
 
-    def _find(self, full_name: str) -> tuple[QuantizedLayer, Quantizer, str]:
-        """A layer, and a quantizer of it by its name there."""
-        name, _, what = full_name.rpartition(".")
-        return self.layers[name], self.layers[name].quantizers()[what], what
-
-    def _by_importance(self, full_name: str, sample: Sample) -> tuple[Sample, str]:
+    def _by_importance(self, full_name: str, quantizer: Quantizer, sample: Sample) -> tuple[Sample, str]:
         """The data weighted by importance; as they are, and a note, where none was seen."""
-        importance = self._importance(full_name)
+        importance = self._importance(full_name, quantizer)
         if importance is not None and float(importance.sum()) > 0:
-            weights = Sample.of_tensor(importance, self._find(full_name)[1].channel_axis).values
+            weights = Sample.of_tensor(importance, quantizer.channel_axis).values
             # a channel that nothing depends on keeps the plain optimum
             weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, 1.0)
             return Sample(sample.values, weights, sample.minimum, sample.maximum), ""
@@ -99,22 +96,21 @@ class CalibrationData:
                 return weighted, ""
         return sample, f"no {self.observation.criterion} importance, so all values count alike"
 
-    def _importance(self, full_name: str) -> Tensor | None:
+    def _importance(self, full_name: str, quantizer: Quantizer) -> Tensor | None:
         """The importance of a weight; with tied weights, over all layers that use it."""
         seen = self.observation.weight_importance
         if self.observation.criterion == "fisher":  # the gradient of a tied weight is that of all its uses
             return seen.get(full_name)
-        _, quantizer, what = self._find(full_name)
+        what = full_name.rpartition(".")[2]
         users = [f"{user}.{what}" for user in self.users_of(quantizer)]
         found = [seen[name] for name in users if name in seen]
         return torch.stack(found).sum(0) if found else None
 
-    def _by_outputs(self, full_name: str, sample: Sample, weight: Tensor) -> tuple[Sample, str]:
+    def _by_outputs(self, what: str, quantizer: Quantizer, sample: Sample, weight: Tensor) -> tuple[Sample, str]:
         """The data of a weight, to be judged by the outputs that it feeds; as they are, and a note, if none are known.
 
         Of tied weights the uses that are a product with an input count, together.
         """
-        _, quantizer, what = self._find(full_name)
         users = {name: self.layers[name] for name in self.users_of(quantizer) if self.layers[name].inputs_met(what)}
         if not users:
             return sample, "no sum over inputs known, so all values count alike"
