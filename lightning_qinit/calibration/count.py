@@ -71,8 +71,9 @@ class Counter:
         rows = self._in_rows(table)
         for part in values.split(len(all_keys)):
             key, bits = all_keys[: len(part)], all_bits[: len(part)]
-            bits.copy_(part.to(torch.float32).contiguous().view(torch.int32)).add_(_ONE)
-            torch.bitwise_right_shift(bits, LOW_BITS, out=key).bitwise_and_(KEYS - 1)
+            bits.copy_(_bits(part))
+            torch.bitwise_right_shift(bits, LOW_BITS, out=key)
+            bits.add_(_ONE)
             even = len(part) - len(part) % self._rows
             rows.scatter_add_(1, self._in_rows(key[:even]), self._in_rows(bits[:even]))
             if even < len(part):
@@ -84,7 +85,7 @@ class Counter:
         blocks[:, used] = 0
         first = torch.arange(0, KEYS, _BLOCK, device=self.device)[used]
         keys = (first[:, None] + torch.arange(_BLOCK, device=self.device)).flatten()
-        one = (keys << LOW_BITS).to(torch.int32).to(torch.int64) + _ONE  # what the first number of a key adds
+        one = (keys << LOW_BITS) + _ONE  # what the first number of a key adds
         return keys, torch.stack((sums // one, sums % one))
 
     def _in_rows(self, x: Tensor) -> Tensor:
@@ -99,9 +100,14 @@ def in_memory_order(x: Tensor, like: Tensor) -> Tensor:
 
 def split(values: Tensor) -> tuple[Tensor, Tensor]:
     """The key of every value, and its low bits, both int64."""
-    bits = values.to(torch.float32).contiguous().view(torch.int32).to(torch.int64)
+    bits = _bits(values).to(torch.int64)
     low = bits.bitwise_and(2**LOW_BITS - 1)
-    return bits.bitwise_right_shift_(LOW_BITS).bitwise_and_(KEYS - 1), low
+    return bits.bitwise_right_shift_(LOW_BITS), low
+
+
+def _bits(values: Tensor) -> Tensor:
+    """The float32 numbers of the values, read as uint32."""
+    return values.to(torch.float32).contiguous().view(torch.uint32)
 
 
 def extremes(values: Tensor) -> Tensor:

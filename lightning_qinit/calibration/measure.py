@@ -41,7 +41,7 @@ def measure(sample: Sample, levels: Tensor, chosen: Initial) -> Measures:
         energy += float(part.energy.sum())
         errors[""] = errors.get("", 0.0) + _error(part, levels, initial)
         data = part if initial.offset is None else part.shifted(initial.offset)
-        weight = float(part.weights.sum())
+        weight = float(part.count.sum())
         clipped += weight * data.share_clipped(levels, initial.step)
         count += weight
         for name in COMPARED:

@@ -45,27 +45,27 @@ class Errors:
         for first in range(0, inverse.shape[1], group):
             index = slice(first, first + group)
             rows = self.rows.take(index if row is None else row[index])
-            parts.append(self._at(rows, inverse[:, index, None], step[:, index, None]))
+            parts.append(self._at(rows, inverse[:, index, None], step[:, index]))
         square, error = (torch.cat(part, 1) for part in zip(*parts, strict=True)) if parts else (step, step)
         return Grid(step.double(), square.double(), error.double())
 
     def _at(self, rows: Rows, inverse: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-        level, rest = torch.empty_like(rows.x), torch.empty_like(rows.x)
+        rest, level = torch.empty_like(rows.x), torch.empty_like(rows.x)
         squares, biases = [], []
         for i in range(len(step)):
-            self._round(rows.x, inverse[i], level)
-            torch.addcmul(rows.x, level, step[i], value=-1, out=rest)
+            torch.mul(rows.x, inverse[i], out=rest)  # in units of the step: fewer operations
+            rest.sub_(self._nearest(rest, level))
             if rows.mean is not None:
                 biases.append(rows.sums(rest).square().sum(1))
             squares.append(weighted(rest.square_(), rows.w).double())
-        square = torch.stack(squares)
-        return square, square + torch.stack(biases) if biases else square
+        unit = step.double().square()
+        square = torch.stack(squares) * unit
+        return square, square + torch.stack(biases) * unit if biases else square
 
-    def _round(self, x: Tensor, inverse: Tensor, level: Tensor) -> Tensor:
-        torch.mul(x, inverse, out=level)
+    def _nearest(self, x: Tensor, level: Tensor) -> Tensor:
         if self.run:
-            return level.round_().clamp_(*self.outer)
-        return level.copy_(nearest_level(level, self.levels))
+            return torch.round(x, out=level).clamp_(*self.outer)
+        return level.copy_(nearest_level(x, self.levels))
 
     def reached(self, step: Tensor, error: Tensor) -> Tensor:
         """What the error at a step is not above; of outputs, but for levels that are equally near."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_qinit.functional.determinism import any_order
 from lightning_qinit.functional.optimal import to_rows
-from lightning_qinit.functional.rows import Rows, squared_error, weighted
+from lightning_qinit.functional.rows import Rows, alike, squared_error, weighted
 
 
 def float64_device(tensor: Tensor) -> torch.device:
@@ -61,20 +61,30 @@ class Sample:
         """What the solver takes."""
         return Rows(self.values, self.weights, self.mean_inputs, self.output)
 
-    @property
+    @cached_property
     def count(self) -> Tensor:
         """Total weight of each group, ``(groups,)``."""
-        return self.weights.sum(1)
+        one_number = alike(self.weights) and self.weights.numel()
+        return self.weights[:, 0] * self.weights.shape[1] if one_number else self.weights.sum(1)
+
+    @cached_property
+    def magnitude(self) -> Tensor:
+        """Mean magnitude of each group's data, ``(groups,)``; 0 for a group without data."""
+        return self.mean(self.values.abs())
 
     @cached_property
     def energy(self) -> Tensor:
         """Sum of squares of each group's data, ``(groups,)``."""
         return weighted(self.values.square(), self.weights)
 
+    @property
+    def root_mean_square(self) -> Tensor:
+        """Of each group's data, ``(groups,)``; 0 for a group without data."""
+        return (self.energy / torch.where(self.count > 0, self.count, 1.0)).sqrt()
+
     def mean(self, values: Tensor) -> Tensor:
         """Weighted mean over each group of ``values``, ``(groups, n)``; 0 for a group without data."""
-        count = self.count
-        return weighted(values, self.weights) / torch.where(count > 0, count, 1.0)
+        return weighted(values, self.weights) / torch.where(self.count > 0, self.count, 1.0)
 
     def deviation(self) -> Tensor:
         """Standard deviation of each group, ``(groups,)``."""
@@ -86,7 +96,7 @@ class Sample:
         """The least value of each group (or magnitude) that at least ``share`` of its data do not exceed."""
         values, count = self.values.abs() if magnitude else self.values, self.values.shape[1]
         # sums round: a relative 1e-12 keeps an exact share from slipping to the next value
-        if count and self.weights.stride() == (0, 0):  # all weights are one number
+        if count and alike(self.weights):
             nth = min(max(1, math.ceil(share * count * (1 - 1e-12))), count)
             if nth > count / 2:  # from the top there are fewer to look for
                 return values.topk(count + 1 - nth, dim=1).values[:, -1]

@@ -46,7 +46,7 @@ def _spreads(sample: Sample, levels: Tensor) -> tuple[Tensor, Tensor]:
         x = sample.values - sample.mean(sample.values)[:, None]
         return sample.mean(x.square()).sqrt(), sample.mean(x.abs())
     # the half that is not seen
-    return (2 * sample.mean(sample.values.square())).sqrt(), 2 * sample.mean(sample.values.abs())
+    return 2**0.5 * sample.root_mean_square, 2 * sample.magnitude
 
 
 def _step(spread: Tensor, table: tuple[float, ...], levels: Tensor) -> Tensor:

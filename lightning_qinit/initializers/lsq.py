@@ -13,7 +13,7 @@ from lightning_qinit.initializers.requirements import bits_of, require, require_
 def lsq(sample: Sample, levels: Tensor) -> Tensor:
     """``2 mean|x| / sqrt(Qp)``, with ``Qp`` the greatest level (Esser et al., ICLR 2020, section 2.1)."""
     require_uniform("lsq", levels)
-    return 2 * sample.mean(sample.values.abs()) / levels.max().to(sample.values).sqrt()
+    return 2 * sample.magnitude / levels.max().to(sample.values).sqrt()
 
 
 def lsqplus(sample: Sample, levels: Tensor) -> Tensor:

@@ -96,15 +96,14 @@ def _survives(x: Tensor, step: Tensor, levels: Tensor) -> Tensor:
 
 def _with_shape(sample: Sample) -> Sample:
     """Add the quantiles of the whole tensor, in units of each group's root mean square, to every group."""
-    count = sample.count
-    rms = (sample.energy / torch.where(count > 0, count, 1.0)).sqrt()
+    rms = sample.root_mean_square
     unit = torch.where(rms[:, None] > 0, sample.values / rms[:, None], 0.0)
     pooled = unit[(rms[:, None] > 0) & (sample.weights > 0)].sort().values
     if not len(pooled):
         return sample
     at = ((torch.arange(SHAPE, device=pooled.device) + 0.5) / SHAPE * len(pooled)).long()
     shape = rms[:, None] * pooled[at]
-    weight = torch.full_like(shape, PRIOR / SHAPE) * (sample.weights.sum(1, keepdim=True) / sample.values.shape[1])
+    weight = torch.full_like(shape, PRIOR / SHAPE) * (sample.count[:, None] / sample.values.shape[1])
     values, weights = torch.cat((sample.values, shape), dim=1), torch.cat((sample.weights, weight), dim=1)
     mean, output = sample.mean_inputs, sample.output
     if mean is not None:  # the shape has no part in any output

@@ -28,6 +28,6 @@ def sawb(sample: Sample, levels: Tensor) -> Tensor:
     known = "2, 4, 7 or 8 bits in narrow range" if narrow else "2 to 5, 7 or 8 bits in full range"
     require(bits in table, "sawb", known, levels)
     c1, c2 = table[bits]
-    clip = c1 * sample.mean(sample.values.square()).sqrt() - c2 * sample.mean(sample.values.abs())
+    clip = c1 * sample.root_mean_square - c2 * sample.magnitude
     clip = torch.where(clip > 0, clip, torch.maximum(sample.maximum, -sample.minimum))
     return clip / levels[-1].to(clip) if table is NARROW_LEVELS else 2 * clip / (2**bits - 1)
