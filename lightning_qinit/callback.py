@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_qinit import _trainer
 from lightning_qinit.batchnorm import fold_alike
-from lightning_qinit.calibration import check_weights, set_statistics, warn_blind
+from lightning_qinit.calibration import check_weights, settle, warn_blind
 from lightning_qinit.calibration.run import choose_in_training
 from lightning_qinit.calibration.widths import WIDTHS
 from lightning_qinit.checkpoint import STATE_KEY, differences, has_quantizers, saved_settings
@@ -202,7 +202,6 @@ class QuantInitCallback(Callback):
         self._followers: list[Follower] = []  # groups of steps whose learning rate no scheduler sets
         self._calibrates = False  # has still to calibrate in this fit
         self._waits_for_batch = False  # has still to calibrate, on the first batch that training sees
-        self._inserted: set[str] = set()  # the layers that were in float before this fit
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -220,7 +219,6 @@ class QuantInitCallback(Callback):
         self._calibrates = stage == "fit"
         if stage == "fit":  # what is known of an earlier fit, maybe of another module; a checkpoint brings it back
             self.report, self._shown, self._tracked, self._waits_for_batch = [], [], None, False
-            self._inserted = set()
         builds_late = _trainer.overrides(pl_module, "setup") or _trainer.overrides(pl_module, "configure_model")
         kernels: Kernels = "eager" if _trainer.is_dry_run(trainer) else self.kernels
         self._insert(pl_module, kernels, complete=not builds_late)
@@ -439,20 +437,18 @@ class QuantInitCallback(Callback):
     def _check_order(self, trainer: Trainer) -> None:
         """Averaging callbacks copy the module when they are set up; finetuning ones set groups when fit starts."""
         order = _trainer.callbacks(trainer)
-        for callback in _trainer.averaging_callbacks(trainer):
-            if order.index(callback) < order.index(self):
-                name = type(callback).__name__
-                raise MisconfigurationException(
-                    f"`{name}` copies the module before this callback has inserted quantizers: put QuantInitCallback "
-                    f"before {name} in `Trainer(callbacks=[...])`."
-                )
-        for callback in _trainer.finetuning_callbacks(trainer):
-            if order.index(callback) > order.index(self):
-                name = type(callback).__name__
-                raise MisconfigurationException(
-                    f"`{name}` puts back the parameter groups of a run that resumes, without those of steps that this "
-                    f"callback has made by then: put QuantInitCallback after {name} in `Trainer(callbacks=[...])`."
-                )
+        copying = "copies the module before this callback has inserted quantizers"
+        grouping = "puts back the parameter groups of a resumed run, without those of steps that this callback has made"
+        for others, why, place in (
+            (_trainer.averaging_callbacks(trainer), copying, "before"),
+            (_trainer.finetuning_callbacks(trainer), grouping, "after"),
+        ):
+            for other in others:
+                if (order.index(self) < order.index(other)) != (place == "before"):
+                    name = type(other).__name__
+                    raise MisconfigurationException(
+                        f"`{name}` {why}: put QuantInitCallback {place} {name} in `Trainer(callbacks=[...])`."
+                    )
 
     def _check_before_loading(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a checkpoint that does not fit before its weights are loaded, where torch would name keys only."""
@@ -473,22 +469,20 @@ class QuantInitCallback(Callback):
         vars(pl_module)["on_load_checkpoint"] = check_then_load
 
     def _insert(self, pl_module: LightningModule, kernels: Kernels, complete: bool = True) -> None:
-        before = set(quantized_layers(pl_module))
         try:
-            layers = insert(pl_module, self.config, complete, kernels)
+            insert(pl_module, self.config, complete, kernels)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
-        self._inserted |= layers.keys() - before
 
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._calibrates:
             return
         self._calibrates = False
         layers = quantized_layers(pl_module)
-        used = {name: any(q.is_calibrated for q in layer.quantizers().values()) for name, layer in layers.items()}
-        new = self._inserted - {name for name, calibrated in used.items() if calibrated}
-        if any(used.values()) and (trainer.ckpt_path is not None or not new):
-            return  # resumed, or fitted before; but layers that are new since then still have to be calibrated
+        if any(quantizer.is_calibrated for quantizer in named_quantizers(layers).values()):
+            # resumed, or fitted before; but layers that are new since then still have to be calibrated
+            if trainer.ckpt_path is not None or not any(layer.awaits_calibration for layer in layers.values()):
+                return
         check_weights(layers)
         if _trainer.is_stream(trainer):
             self._waits_for_batch = True
@@ -503,9 +497,7 @@ class QuantInitCallback(Callback):
             rank_zero_warn("Calibration saw no training batch, so nothing is quantized.")
             return
         starts = [start for start in starts if not start.quantizer.is_calibrated]  # of an earlier fit
-        for start in starts:
-            start.apply()
-        set_statistics(statistics)
+        settle(layers, starts, statistics)
         for copy in _trainer.averaged_modules(trainer):
             copy_quantizers(pl_module, copy)
         warn_blind(starts)

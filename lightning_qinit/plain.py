@@ -10,7 +10,7 @@ from lightning_qinit.calibration import (
     Passes,
     calibration_mode,
     restored,
-    set_statistics,
+    settle,
     trained_norms,
     warn_blind,
 )
@@ -104,9 +104,7 @@ def calibrate(
         starts, seen, statistics = Passes(batches, run, "step").choose(layers, config, norms)
     if not seen.first_run:
         raise ValueError("`batches` must hold at least one batch that runs a quantized layer, got none.")
-    for start in starts:
-        start.apply()
-    set_statistics(statistics)
+    settle(layers, starts, statistics)
     warn_blind(starts)
     return [make_row(start) for start in starts]
 

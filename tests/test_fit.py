@@ -319,11 +319,14 @@ def test_layers_without_data_and_float_tensors_are_named(make_trainer, capsys) -
             self.unused = nn.Linear(2, 2)
             self.table = nn.Parameter(torch.zeros(5, 2))
 
+    model, again = Unused(), quiet()
     with pytest.warns(UserWarning, match="saw no data for unused.weight, unused.input"):
-        make_trainer(QuantInitCallback()).fit(Unused(), loader())
+        make_trainer(QuantInitCallback()).fit(model, loader())
     printed = capsys.readouterr().out
     assert "No data seen, left in float: unused.weight, unused.input." in printed
     assert "Not quantized: table." in printed
+    make_trainer(again).fit(model, loader())  # and is not looked for once more
+    assert again.report == []
 
 
 def test_uncalibrated_numbers_are_announced(make_trainer) -> None:
@@ -483,11 +486,16 @@ def test_other_settings_for_a_quantized_module_are_refused(make_trainer) -> None
     make_trainer(quiet(initializer="minmax", quantizer={"name": "lsq"}), max_steps=1).fit(model, loader())
 
 
-def test_layers_that_are_new_in_a_calibrated_module_are_calibrated(make_trainer) -> None:
+@pytest.mark.parametrize("before", ["nothing", "validate", "prepare"])
+def test_layers_that_are_new_in_a_calibrated_module_are_calibrated(before, make_trainer) -> None:
     model = SmallNet()
     make_trainer(quiet(), max_epochs=1).fit(model, loader())
     model.head = nn.Linear(8, 3)
     steps = {q: q.step.clone() for q in quantizers(model).values()}
+    if before == "validate":
+        make_trainer(quiet()).validate(model, loader(shuffle=False), verbose=False)
+    elif before == "prepare":
+        prepare(model)
     callback, model.learning_rate = quiet(), 0.0
     make_trainer(callback, max_steps=1).fit(model, loader())
     assert [row.name for row in callback.report] == ["head.weight", "head.input"]

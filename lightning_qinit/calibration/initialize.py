@@ -1,7 +1,8 @@
 """From what calibration sees to the steps: everything is planned first, and the module changed when all is known."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
+from lightning_qinit.calibration.batchnorm import Statistics, set_statistics
 from lightning_qinit.calibration.data import CalibrationData
 from lightning_qinit.calibration.observe import Criterion, Observation
 from lightning_qinit.calibration.start import Start, plan
@@ -55,6 +56,15 @@ def choose(
             starts.append(start)
         waiting = {full_name: quantizer for full_name, quantizer in waiting.items() if full_name not in now}
     return starts, observation
+
+
+def settle(layers: Mapping[str, QuantizedLayer], starts: Iterable[Start], statistics: Statistics) -> None:
+    """Put what was chosen into the module."""
+    for start in starts:
+        start.apply()
+    set_statistics(statistics)
+    for layer in layers.values():
+        layer.had_calibration = True
 
 
 def check_weights(layers: Mapping[str, QuantizedLayer]) -> None:

@@ -116,6 +116,7 @@ def remove(module: nn.Module) -> None:
     """Turn every quantized layer back into the float layer it was, in place; its trained weight stays."""
     for layer in quantized_layers(module).values():
         del layer.weight_quantizer, layer.input_quantizer, layer.quant_config
+        vars(layer).pop("had_calibration", None)
         layer.__class__ = layer.float_class  # type: ignore[assignment]  # that is the point
     for encoder in _encoders(module):
         if hasattr(encoder, "used_nested_tensor"):
