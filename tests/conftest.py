@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric
 
 from lightning_qinit import QuantInitCallback
+from lightning_qinit.insertion import quantized_layers
 
 
 class SmallNet(pl.LightningModule):
@@ -47,6 +49,29 @@ class SmallNet(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), self.learning_rate, momentum=0.9)
+
+
+class Recorder(SmallNet):
+    """Keeps what a user's module might: batches, outputs, a metric, random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[Tensor] = []
+        self.outputs = {"loss": [], "seen": 0}
+        self.metric = MeanMetric()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.batches.append(batch[0].clone())
+        self.outputs["loss"].append(float(loss.detach()))
+        self.outputs["seen"] += 1
+        self.metric.update(loss.detach())
+        self.logger.log_metrics({"noise": float(torch.rand(()))})
+        return loss
+
+
+def quantizers(module: nn.Module) -> dict:
+    return {f"{n}.{w}": q for n, layer in quantized_layers(module).items() for w, q in layer.quantizers().items()}
 
 
 def small_data(count: int = 32) -> TensorDataset:

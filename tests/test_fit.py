@@ -9,22 +9,16 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import SmallNet, loader, quiet, small_data
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+from conftest import Recorder, SmallNet, loader, quantizers, quiet, small_data
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, IterableDataset
-from torchmetrics import MeanMetric
 
 from lightning_qinit import QuantInitCallback, Sample, calibrate, load_from_checkpoint, prepare, restore
 from lightning_qinit.functional import optimal_scale
-from lightning_qinit.insertion import insert, quantized_layers, remove
-
-
-def quantizers(module: nn.Module) -> dict:
-    return {f"{n}.{w}": q for n, layer in quantized_layers(module).items() for w, q in layer.quantizers().items()}
+from lightning_qinit.insertion import insert, remove
 
 
 def test_every_step_is_the_optimum_of_its_data_and_trains(make_trainer) -> None:
@@ -79,25 +73,6 @@ def test_first_and_last_are_by_running_order(make_trainer) -> None:
     assert bits["hidden.weight"] == (4, 1)
     row = next(row for row in callback.report if row.name == "hidden.weight")
     assert row.error == pytest.approx(row.alternatives["minmax"], rel=1e-6)
-
-
-class Recorder(SmallNet):
-    """Keeps what a user's module might: batches, outputs, a metric, random numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.batches: list[Tensor] = []
-        self.outputs = {"loss": [], "seen": 0}
-        self.metric = MeanMetric()
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        loss = super().training_step(batch, batch_idx)
-        self.batches.append(batch[0].clone())
-        self.outputs["loss"].append(float(loss.detach()))
-        self.outputs["seen"] += 1
-        self.metric.update(loss.detach())
-        self.logger.log_metrics({"noise": float(torch.rand(()))})
-        return loss
 
 
 @pytest.mark.parametrize("kind", ["shuffle", "generator", "workers"])
@@ -185,14 +160,6 @@ print("loss", repr(result[0]["test_loss"]))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert f"loss {expected!r}" in done.stdout
-
-
-def test_checkpoint_of_other_settings_is_refused(make_trainer, tmp_path: Path) -> None:
-    trainer = make_trainer(quiet(weight_bits=2))
-    trainer.fit(SmallNet(), loader())
-    trainer.save_checkpoint(tmp_path / "two.ckpt")
-    with pytest.raises(MisconfigurationException, match="weight_bits: 2 in the checkpoint, 3 in the callback"):
-        make_trainer(quiet(weight_bits=3)).test(SmallNet(), loader(), ckpt_path=tmp_path / "two.ckpt")
 
 
 @pytest.mark.parametrize("hook", ["setup", "configure_model"])
@@ -334,80 +301,6 @@ def test_uncalibrated_numbers_are_announced(make_trainer) -> None:
         make_trainer(quiet()).test(SmallNet(), loader(shuffle=False), verbose=False)
 
 
-class TestBadInput:
-    @pytest.mark.parametrize(
-        ("settings", "message"),
-        [
-            ({"weight_bits": 0}, "`weight_bits` must be a whole number from 1 to 8, or None, got 0"),
-            ({"activation_bits": 9}, "`activation_bits` must be"),
-            ({"first_last_bits": 2.5}, "`first_last_bits` must be"),
-            ({"quantizer": "nothing"}, "`quantizer` must be one of .*'lsq'.* got 'nothing'"),
-            ({"initializer": "no.such.function"}, "`initializer` must be one of .*'minmax'"),
-            ({"calibration_batches": 0}, "`calibration_batches` must be"),
-            ({"skip": "head"}, "`skip` must be a sequence"),
-            ({"overrides": {"head": {"bits": 3}}}, r"`overrides\['head'\]` must map some of"),
-            ({"overrides": {"head": {"weight_bits": 99}}}, "`weight_bits` must be"),
-        ],
-    )
-    def test_arguments(self, settings: dict, message: str) -> None:
-        with pytest.raises(ValueError, match=message):
-            QuantInitCallback(**settings)
-
-    @pytest.mark.parametrize("argument", [{"skip": ["haed"]}, {"overrides": {"haed": {"weight_bits": 2}}}])
-    def test_pattern_that_matches_nothing(self, make_trainer, argument: dict) -> None:
-        model = SmallNet()
-        with pytest.raises(MisconfigurationException, match="pattern 'haed', which matches no layer.*stem, body"):
-            make_trainer(quiet(**argument)).fit(model, loader())
-        assert not quantized_layers(model)
-
-    def test_nothing_to_quantize(self, make_trainer) -> None:
-        model = SmallNet()
-        with pytest.raises(MisconfigurationException, match="SmallNet has no layer to quantize: `skip`"):
-            make_trainer(quiet(skip=["*"])).fit(model, loader())
-
-    def test_two_callbacks(self, make_trainer) -> None:
-        with pytest.raises(RuntimeError, match="more than one stateful callback of type `QuantInitCallback`"):
-            make_trainer(quiet(), quiet())  # Lightning's own check, before any of our hooks
-
-    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-    def test_nonfinite_weights(self, make_trainer, value: float) -> None:
-        model = SmallNet()
-        model.hidden.weight.data[0, 0] = value
-        with pytest.raises(ValueError, match="weight of layer 'hidden' holds 1 NaN or infinite"):
-            make_trainer(quiet()).fit(model, loader())
-        assert not any(q.is_calibrated for q in quantizers(model).values())
-
-    def test_nonfinite_batch(self, make_trainer) -> None:
-        data = small_data()
-        data.tensors[0][0, 0, 0, 0] = torch.nan
-        model = SmallNet()
-        with pytest.warns(UserWarning, match="NaN or infinite values in stem.input"):
-            make_trainer(quiet(), max_steps=1).fit(model, DataLoader(data, 8))
-        assert all(bool(q.initial_step.isfinite().all()) for q in quantizers(model).values())
-
-    def test_no_batches(self, make_trainer) -> None:
-        model = SmallNet()
-        with pytest.warns(UserWarning, match="saw no training batch"):
-            make_trainer(quiet(), limit_train_batches=0).fit(model, loader())
-        assert not any(q.is_calibrated for q in quantizers(model).values())
-
-    def test_step_that_raises_is_named_and_nothing_is_changed(self, make_trainer) -> None:
-        class Fails(Recorder):
-            def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-                if batch_idx == 1:
-                    raise KeyError("label")
-                return SmallNet.training_step(self, batch, batch_idx)
-
-        model = Fails()
-        before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-        with pytest.raises(RuntimeError, match="`Fails.training_step` raised KeyError on calibration batch 1"):
-            make_trainer(quiet()).fit(model, loader(shuffle=False))
-        assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
-        assert torch.equal(torch.get_rng_state(), state)
-        assert model.training and model.outputs == {"loss": [], "seen": 0}
-        assert not any(q.is_calibrated for q in quantizers(model).values())
-
-
 def test_calibration_step_is_run_instead(make_trainer) -> None:
     class Penalty(SmallNet):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
@@ -468,24 +361,6 @@ def test_weights_of_zero_start_at_the_size_they_will_have(make_trainer, per_chan
     assert bool((model.head.weight_quantizer(model.head.weight) != 0).any())
 
 
-def test_other_settings_for_a_quantized_module_are_refused(make_trainer) -> None:
-    model = SmallNet()
-    make_trainer(quiet(), max_steps=1).fit(model, loader())
-    before = copy.deepcopy(model.state_dict())
-    for settings, named in (
-        ({"weight_bits": 2}, r"'stem' is quantized already, with {'weight_bits': 4}, now {'weight_bits': 2}"),
-        ({"quantizer": "apot"}, "'weight_quantizer': 'lsq'.* now {'weight_quantizer': 'apot'"),
-        ({"skip": ["body"]}, "'body' is quantized already, with .* now to be left in float"),
-        ({"overrides": {"head": {"per_channel": False}}}, "'head' is quantized already, with {'per_channel': True}"),
-    ):
-        with pytest.raises(MisconfigurationException, match=named):
-            make_trainer(quiet(**settings)).fit(model, loader())
-        with pytest.raises(ValueError, match=named):
-            prepare(model, **settings)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    make_trainer(quiet(initializer="minmax", quantizer={"name": "lsq"}), max_steps=1).fit(model, loader())
-
-
 @pytest.mark.parametrize("before", ["nothing", "validate", "prepare"])
 def test_layers_that_are_new_in_a_calibrated_module_are_calibrated(before, make_trainer) -> None:
     model = SmallNet()
@@ -513,16 +388,6 @@ def test_steps_of_weights_that_a_hook_recomputes_are_trained(make_trainer) -> No
     make_trainer(quiet(), max_steps=2).fit(model, loader())
     moved = {name for name, q in quantizers(model).items() if not q.step.equal(q.initial_step)}
     assert moved == {f"{name}.{what}" for name in ("stem", "body", "hidden") for what in ("weight", "input")}
-
-
-def test_lazy_layers_are_refused(make_trainer) -> None:
-    model = SmallNet()
-    model.head = nn.LazyLinear(3)
-    with pytest.raises(MisconfigurationException, match="of layer 'head' have no shape yet, since it is lazy"):
-        make_trainer(quiet()).fit(model, loader())
-    assert not quantized_layers(model)
-    model(next(iter(loader()))[0])
-    make_trainer(quiet(), max_steps=1).fit(model, loader())
 
 
 def test_calibration_gives_a_generator_of_the_module_back(make_trainer) -> None:
@@ -611,85 +476,3 @@ def test_a_batch_that_can_be_read_once_is_trained_on_as_it_came(make_trainer) ->
     trainer = make_trainer(callback, max_epochs=1)
     trainer.fit(model, DataLoader(Once(), batch_size=None))
     assert trainer.global_step == 3 and len(callback.report) == 8
-
-
-def test_two_ranks_start_from_the_same_steps_and_log_the_same_as_one_process(tmp_path: Path) -> None:
-    script = f"""
-import sys, warnings; sys.path.insert(0, {str(Path(__file__).parent)!r}); warnings.simplefilter("ignore")
-import lightning.pytorch as pl, torch
-from conftest import SmallNet, loader
-from lightning.pytorch.loggers import CSVLogger
-from lightning_qinit import QuantInitCallback
-from lightning_qinit.insertion import quantized_layers
-ranks = int(sys.argv[1])
-pl.seed_everything(0)
-trainer = pl.Trainer(
-    accelerator="cpu", strategy="ddp" if ranks > 1 else "auto", devices=ranks, max_steps=3,
-    logger=CSVLogger(sys.argv[2], name="log", version=ranks), log_every_n_steps=1,
-    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-    callbacks=[QuantInitCallback(weight_bits=3, calibration_batches=8, print_report=False)],
-)
-model = SmallNet()
-trainer.fit(model, loader(batch_size=32 // ranks, shuffle=False))  # all of the data in a step
-torch.save(model.state_dict(), f"{{sys.argv[2]}}.{{ranks}}.{{trainer.global_rank}}")
-"""
-    file = tmp_path / "run.py"
-    file.write_text(script)
-    for ranks in (1, 2):
-        subprocess.run([sys.executable, str(file), str(ranks), str(tmp_path / "state")], check=True, timeout=200)
-    one, first, second = (torch.load(tmp_path / f"state.{name}") for name in ("1.0", "2.0", "2.1"))
-    for name, value in first.items():
-        assert torch.equal(value, second[name]) or "running" in name, name  # BatchNorm statistics are each rank's own
-        if name.endswith("initial_step"):
-            assert torch.allclose(value, one[name], rtol=1e-5), name
-    logged = []
-    for ranks in (1, 2):
-        with open(tmp_path / "state" / "log" / f"version_{ranks}" / "metrics.csv") as rows:
-            logged.append(next(row for row in csv.DictReader(rows) if row["quant_error/mean"]))
-    compared = 0
-    for name, value in logged[0].items():
-        # BatchNorm normalizes each rank's half by itself, so what comes after it differs
-        if name.startswith("quant") and value and (name.endswith(".weight") or name.endswith("stem.input")):
-            tolerance = 0.1 if name == "quant_step_to_optimal/stem.input" else 1e-4  # the mean of two halves' own
-            assert float(logged[1][name]) == pytest.approx(float(value), rel=tolerance, abs=1e-7), name
-            compared += 1
-    assert compared > 30
-
-
-def test_two_ranks_train_a_module_with_layers_that_never_run(tmp_path: Path) -> None:
-    script = f"""
-import sys, warnings; sys.path.insert(0, {str(Path(__file__).parent)!r}); warnings.simplefilter("ignore")
-import lightning.pytorch as pl, torch
-from conftest import SmallNet, loader
-from lightning_qinit import QuantInitCallback
-
-class Bypassed(SmallNet):  # as Swin's attention: the weight is used, the layer is never called
-    def forward(self, x):
-        x = self.norm(self.stem(x)).relu()
-        x = torch.nn.functional.linear(x.flatten(1), self.hidden.weight, self.hidden.bias)
-        return self.head(x) + 0 * sum(p.sum() for p in self.body.parameters(recurse=False))
-
-for name, settings in (
-    ("output", dict(weight_bits=3, criterion="output")),
-    ("everything", dict(criterion="fisher", sequential=True, recalibrate_batchnorm=True, average_bits=3.0)),
-):
-    model = Bypassed()
-    trainer = pl.Trainer(
-        accelerator="cpu", strategy="ddp", devices=2, max_steps=4, accumulate_grad_batches=2, max_epochs=2,
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        num_sanity_val_steps=0,
-        callbacks=[QuantInitCallback(**settings, activation_quantizer="lsq+", print_report=False)],
-    )
-    trainer.fit(model, loader(batch_size=4, shuffle=False))
-    assert trainer.global_step == 4, trainer.global_step
-    torch.save(model.state_dict(), f"{{sys.argv[1]}}/{{name}}.{{trainer.global_rank}}")
-"""
-    file = tmp_path / "run.py"
-    file.write_text(script)
-    subprocess.run([sys.executable, str(file), str(tmp_path)], check=True, timeout=200)
-    for case in ("output", "everything"):
-        first, second = (torch.load(tmp_path / f"{case}.{rank}") for rank in (0, 1))
-        assert bool(first["stem.weight_quantizer.calibrated"]) and not bool(first["hidden.weight_quantizer.calibrated"])
-        assert float(first["head.input_quantizer.relative_step"]) != 1
-        for name, value in first.items():
-            assert torch.equal(value, second[name]) or "running" in name, (case, name)

@@ -1,0 +1,124 @@
+"""What the callback refuses, in one clear sentence and before anything is changed."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Recorder, SmallNet, loader, quantizers, quiet, small_data
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_qinit import QuantInitCallback, prepare
+from lightning_qinit.insertion import quantized_layers
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"weight_bits": 0}, "`weight_bits` must be a whole number from 1 to 8, or None, got 0"),
+            ({"activation_bits": 9}, "`activation_bits` must be"),
+            ({"first_last_bits": 2.5}, "`first_last_bits` must be"),
+            ({"quantizer": "nothing"}, "`quantizer` must be one of .*'lsq'.* got 'nothing'"),
+            ({"initializer": "no.such.function"}, "`initializer` must be one of .*'minmax'"),
+            ({"calibration_batches": 0}, "`calibration_batches` must be"),
+            ({"skip": "head"}, "`skip` must be a sequence"),
+            ({"overrides": {"head": {"bits": 3}}}, r"`overrides\['head'\]` must map some of"),
+            ({"overrides": {"head": {"weight_bits": 99}}}, "`weight_bits` must be"),
+        ],
+    )
+    def test_arguments(self, settings: dict, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            QuantInitCallback(**settings)
+
+    @pytest.mark.parametrize("argument", [{"skip": ["haed"]}, {"overrides": {"haed": {"weight_bits": 2}}}])
+    def test_pattern_that_matches_nothing(self, make_trainer, argument: dict) -> None:
+        model = SmallNet()
+        with pytest.raises(MisconfigurationException, match="pattern 'haed', which matches no layer.*stem, body"):
+            make_trainer(quiet(**argument)).fit(model, loader())
+        assert not quantized_layers(model)
+
+    def test_nothing_to_quantize(self, make_trainer) -> None:
+        model = SmallNet()
+        with pytest.raises(MisconfigurationException, match="SmallNet has no layer to quantize: `skip`"):
+            make_trainer(quiet(skip=["*"])).fit(model, loader())
+
+    def test_two_callbacks(self, make_trainer) -> None:
+        with pytest.raises(RuntimeError, match="more than one stateful callback of type `QuantInitCallback`"):
+            make_trainer(quiet(), quiet())  # Lightning's own check, before any of our hooks
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    def test_nonfinite_weights(self, make_trainer, value: float) -> None:
+        model = SmallNet()
+        model.hidden.weight.data[0, 0] = value
+        with pytest.raises(ValueError, match="weight of layer 'hidden' holds 1 NaN or infinite"):
+            make_trainer(quiet()).fit(model, loader())
+        assert not any(q.is_calibrated for q in quantizers(model).values())
+
+    def test_nonfinite_batch(self, make_trainer) -> None:
+        data = small_data()
+        data.tensors[0][0, 0, 0, 0] = torch.nan
+        model = SmallNet()
+        with pytest.warns(UserWarning, match="NaN or infinite values in stem.input"):
+            make_trainer(quiet(), max_steps=1).fit(model, DataLoader(data, 8))
+        assert all(bool(q.initial_step.isfinite().all()) for q in quantizers(model).values())
+
+    def test_no_batches(self, make_trainer) -> None:
+        model = SmallNet()
+        with pytest.warns(UserWarning, match="saw no training batch"):
+            make_trainer(quiet(), limit_train_batches=0).fit(model, loader())
+        assert not any(q.is_calibrated for q in quantizers(model).values())
+
+    def test_step_that_raises_is_named_and_nothing_is_changed(self, make_trainer) -> None:
+        class Fails(Recorder):
+            def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+                if batch_idx == 1:
+                    raise KeyError("label")
+                return SmallNet.training_step(self, batch, batch_idx)
+
+        model = Fails()
+        before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+        with pytest.raises(RuntimeError, match="`Fails.training_step` raised KeyError on calibration batch 1"):
+            make_trainer(quiet()).fit(model, loader(shuffle=False))
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+        assert torch.equal(torch.get_rng_state(), state)
+        assert model.training and model.outputs == {"loss": [], "seen": 0}
+        assert not any(q.is_calibrated for q in quantizers(model).values())
+
+
+def test_other_settings_for_a_quantized_module_are_refused(make_trainer) -> None:
+    model = SmallNet()
+    make_trainer(quiet(), max_steps=1).fit(model, loader())
+    before = copy.deepcopy(model.state_dict())
+    for settings, named in (
+        ({"weight_bits": 2}, r"'stem' is quantized already, with {'weight_bits': 4}, now {'weight_bits': 2}"),
+        ({"quantizer": "apot"}, "'weight_quantizer': 'lsq'.* now {'weight_quantizer': 'apot'"),
+        ({"skip": ["body"]}, "'body' is quantized already, with .* now to be left in float"),
+        ({"overrides": {"head": {"per_channel": False}}}, "'head' is quantized already, with {'per_channel': True}"),
+    ):
+        with pytest.raises(MisconfigurationException, match=named):
+            make_trainer(quiet(**settings)).fit(model, loader())
+        with pytest.raises(ValueError, match=named):
+            prepare(model, **settings)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    make_trainer(quiet(initializer="minmax", quantizer={"name": "lsq"}), max_steps=1).fit(model, loader())
+
+
+def test_checkpoint_of_other_settings_is_refused(make_trainer, tmp_path: Path) -> None:
+    trainer = make_trainer(quiet(weight_bits=2))
+    trainer.fit(SmallNet(), loader())
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    with pytest.raises(MisconfigurationException, match="weight_bits: 2 in the checkpoint, 3 in the callback"):
+        make_trainer(quiet(weight_bits=3)).test(SmallNet(), loader(), ckpt_path=tmp_path / "two.ckpt")
+
+
+def test_lazy_layers_are_refused(make_trainer) -> None:
+    model = SmallNet()
+    model.head = nn.LazyLinear(3)
+    with pytest.raises(MisconfigurationException, match="of layer 'head' have no shape yet, since it is lazy"):
+        make_trainer(quiet()).fit(model, loader())
+    assert not quantized_layers(model)
+    model(next(iter(loader()))[0])
+    make_trainer(quiet(), max_steps=1).fit(model, loader())
