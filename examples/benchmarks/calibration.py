@@ -21,7 +21,7 @@ import copy
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from result import spread, write
@@ -146,31 +146,39 @@ def search(tensors: list[Tensor], bits: int, per_channel: bool, repeats: int) ->
 
 def passes(name: str, batch: int, count: int, repeats: int) -> dict[str, list[float]]:
     """The time of a whole calibration, relative to that of the same forward passes alone."""
-    import torchvision
-
     batches = [torch.randn(batch, 3, 224, 224) for _ in range(count)]
+    calibrated(name, batches[:1])  # warm up
     ratios = []
     for _ in range(repeats):
-        model = torchvision.models.get_model(name)
-        for norm in model.modules():
-            if isinstance(norm, torch.nn.modules.batchnorm._BatchNorm):
-                norm.num_batches_tracked.fill_(1)  # as if trained: it normalizes with its own statistics
-        float_model = copy.deepcopy(model.eval())
-
-        @torch.no_grad()
-        def forward(float_model: torch.nn.Module = float_model) -> None:
-            for x in batches:
-                float_model(x)
-
-        forward()  # warm up
-        prepare(model)
-        before = seconds(forward)
-        took = seconds(lambda model=model: calibrate(model, batches))
-        alone = (before + seconds(forward)) / 2  # on either side, for machines whose pace drifts
+        alone, took = calibrated(name, batches)
         ratios.append(took / alone)
         print(f"{name}, {count} batches of {batch}: forward {alone:.2f} s, calibration {ratios[-1]:.2f} times that")
     print(f"calibration {spread(ratios)}")
     return {"calibration": ratios}
+
+
+def calibrated(name: str, batches: list[Tensor]) -> tuple[float, float]:
+    """Seconds of a network's forward passes and of its calibration.
+
+    Each batch runs through the float network just before calibration takes it, for machines whose pace drifts.
+    """
+    import torchvision
+
+    model = torchvision.models.get_model(name).eval()
+    for norm in model.modules():
+        if isinstance(norm, torch.nn.modules.batchnorm._BatchNorm):
+            norm.num_batches_tracked.fill_(1)  # as if trained: it normalizes with its own statistics
+    float_model, alone = copy.deepcopy(model), 0.0
+
+    def timed() -> Iterator[Tensor]:
+        nonlocal alone
+        for x in batches:
+            alone += seconds(lambda x=x: float_model(x))
+            yield x
+
+    prepare(model)
+    both = seconds(lambda: calibrate(model, timed()))  # which runs without gradients
+    return alone, both - alone
 
 
 def main() -> None:

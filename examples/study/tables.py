@@ -25,7 +25,8 @@ def shown(found: Interval | None, better: int) -> str:
     """A difference; bold where the optimum is better and its interval says so, in italics where it is worse."""
     if found is None:
         return "-"
-    text = f"{found.mean:+.3g}" if math.isinf(found.half) else f"{found.mean:+.3g} ± {found.half:.2g}"
+    mean, half = round(found.mean, 6), round(found.half, 6)  # floating-point dust is no digits
+    text = f"{mean:+.3g}" if math.isinf(half) else f"{mean:+.3g} ± {half:.2g}"
     return {1: f"**{text}**", -1: f"*{text}*", 0: text}[found.sign * better]
 
 
@@ -65,9 +66,10 @@ def cifar10_table(rows: Sequence[Row]) -> str:
     return _against(*parts.values(), names=[f"{name}, " for name in parts])
 
 
-def norms_table(rows: Sequence[Row]) -> str:
+def norms_table(rows: Sequence[Row], cifar10: bool) -> str:
     """With BatchNorm statistics re-estimated under quantization, whatever the initializer."""
-    return _against(cells(where(rows, lambda s: set(varied(s)) == {"recalibrate_batchnorm"}), "initializer"))
+    kept = where(rows, lambda s: set(varied(s)) == {"recalibrate_batchnorm"} and (s["task"] == "cifar10") == cifar10)
+    return _against(cells(kept, "initializer"))
 
 
 def narrow_table(rows: Sequence[Row]) -> str:
@@ -147,19 +149,27 @@ def _spread(chosen: Sequence[Cell], name: str) -> str:
 
 
 def stress_table(rows: Sequence[Row]) -> str:
-    """At 1, 3 and 10 times the learning rate: share of diverged runs, drift, and the final score's differences."""
+    """At 1, 3 and 10 times the learning rate, by width: diverged runs, drift, and differences of the final score."""
+    by_factor = stressed(rows)
+    widths = sorted({cell.setting["bits"] for found in by_factor.values() for cell in found})
+    names = [n for n in (BASE, *OTHERS) if all(any(n in cell.runs for cell in found) for found in by_factor.values())]
     lines = []
-    for factor, found in stressed(rows).items():
-        for name in (BASE, *OTHERS):
-            records = [record for cell in found for record in cell.runs.get(name, {}).values()]
-            if records:
-                diverged = fmean(MEASURES["diverged"].of(r) for r in records)
-                drift = fmean(MEASURES["drift"].of(r) for r in records)
-                final = "" if name == BASE else shown(pooled(found, MEASURES["final"], BASE, name), 1)
-                label = f"{factor}x, {name}"
-                lines.append([label, str(len(records)), f"{diverged:.1f}", f"{drift:.3f}", final])
-    titles = ["runs", MEASURES["diverged"].title, MEASURES["drift"].title, "final score, optimal less it"]
-    return markdown(["learning rate, initializer", *titles], lines)
+    for factor, found in by_factor.items():
+        for name in names:
+            by_bits = [[cell for cell in found if cell.setting["bits"] == bits] for bits in widths]
+            diverged, drift = (_means(by_bits, MEASURES[measure], name) for measure in ("diverged", "drift"))
+            final = ["" if name == BASE else shown(pooled(c, MEASURES["final"], BASE, name), 1) for c in by_bits]
+            lines.append([f"{factor}x, {name}", diverged, drift, *final])
+    of_all = ", ".join(f"{bits}" for bits in widths)
+    titles = [f"{MEASURES[measure].title} (at {of_all} bits)" for measure in ("diverged", "drift")]
+    finals = [f"final score, optimal less it, {bits} bits" for bits in widths]
+    return markdown(["learning rate, initializer", *titles, *finals], lines)
+
+
+def _means(by_bits: Sequence[Sequence[Cell]], measure: Measure, name: str) -> str:
+    """The mean over runs for each width, one after the other."""
+    values = [[measure.of(record) for cell in found for record in cell.runs[name].values()] for found in by_bits]
+    return ", ".join(f"{fmean(some):.2g}" for some in values)
 
 
 def ablation_table(rows: Sequence[Row], cifar10: bool) -> str:
@@ -217,7 +227,8 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "spread": spread_table,
     "stress": stress_table,
     "cifar10": cifar10_table,
-    "norms": norms_table,
+    "norms": lambda rows: norms_table(rows, cifar10=False),
+    "cifar10-norms": lambda rows: norms_table(rows, cifar10=True),
     "narrow": narrow_table,
     "ablations": lambda rows: ablation_table(rows, cifar10=False),
     "cifar10-variants": lambda rows: ablation_table(rows, cifar10=True),
