@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from distributions import DISTRIBUTIONS
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -91,6 +91,7 @@ values = st.floats(-100, 100, allow_nan=False, width=32)
     weights=st.lists(st.floats(0, 10, width=32), min_size=12, max_size=12),
     levels=st.sets(st.integers(-20, 20), min_size=1, max_size=9),
 )
+@example(x=[2.0**-126, -1.0], weights=[1.0, 1.0] + [0.0] * 10, levels={0})  # the one useful step has no float32 inverse
 def test_matches_brute_force_on_anything(x: list[float], weights: list[float], levels: set[int]) -> None:
     level_set = torch.tensor(sorted(levels | {0, 1}), dtype=torch.float64)
     for many in (optimal.MANY, -1):  # few are sorted at once; on a grid of steps first

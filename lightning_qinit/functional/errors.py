@@ -10,6 +10,7 @@ from lightning_qinit.functional.nearest import nearest_level
 from lightning_qinit.functional.rows import Rows, alike, at_once, squared_error, weighted
 
 CHUNK = 2**17  # values at a time
+MOST = 2.0**126  # of an inverse step, whose inverse is a normal number: 0 times infinity would be none
 
 
 class Grid(NamedTuple):
@@ -38,34 +39,34 @@ class Errors:
 
     def at(self, inverse: Tensor, row: Tensor | None = None) -> Grid:
         """Errors at the steps ``1 / inverse``, ``(steps, n)``: for each row, or for each of the given ones."""
-        inverse = inverse.float()
+        inverse = inverse.clamp(max=MOST).float()
         step = inverse.reciprocal()
         group = max(1, at_once(CHUNK, self.rows.x) // self.rows.x.shape[1])
         parts = []
         for first in range(0, inverse.shape[1], group):
             index = slice(first, first + group)
             rows = self.rows.take(index if row is None else row[index])
-            parts.append(self._at(rows, inverse[:, index, None], step[:, index]))
+            parts.append(self._at(rows, inverse[:, index, None], step[:, index, None]))
         square, error = (torch.cat(part, 1) for part in zip(*parts, strict=True)) if parts else (step, step)
         return Grid(step.double(), square.double(), error.double())
 
     def _at(self, rows: Rows, inverse: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-        rest, level = torch.empty_like(rows.x), torch.empty_like(rows.x)
+        level, rest = torch.empty_like(rows.x), torch.empty_like(rows.x)
         squares, biases = [], []
         for i in range(len(step)):
-            torch.mul(rows.x, inverse[i], out=rest)  # in units of the step: fewer operations
-            rest.sub_(self._nearest(rest, level))
+            self._round(rows.x, inverse[i], level)
+            torch.addcmul(rows.x, level, step[i], value=-1, out=rest)
             if rows.mean is not None:
                 biases.append(rows.sums(rest).square().sum(1))
             squares.append(weighted(rest.square_(), rows.w).double())
-        unit = step.double().square()
-        square = torch.stack(squares) * unit
-        return square, square + torch.stack(biases) * unit if biases else square
+        square = torch.stack(squares)
+        return square, square + torch.stack(biases) if biases else square
 
-    def _nearest(self, x: Tensor, level: Tensor) -> Tensor:
+    def _round(self, x: Tensor, inverse: Tensor, level: Tensor) -> Tensor:
+        torch.mul(x, inverse, out=level)
         if self.run:
-            return torch.round(x, out=level).clamp_(*self.outer)
-        return level.copy_(nearest_level(x, self.levels))
+            return level.round_().clamp_(*self.outer)
+        return level.copy_(nearest_level(level, self.levels))
 
     def reached(self, step: Tensor, error: Tensor) -> Tensor:
         """What the error at a step is not above; of outputs, but for levels that are equally near."""
@@ -75,7 +76,7 @@ class Errors:
 
     def dead(self, inverse: Tensor) -> Tensor:
         """The error of points nearest to level 0, which only falls as the step does: those nearer than any other is."""
-        inverse = inverse[:, None].float()
+        inverse = inverse[:, None].clamp(max=MOST).float()
         values = self.rows.x * inverse
         values -= torch.nn.functional.hardshrink(values, self.zone)
         return weighted(values.square_(), self.rows.w).double() / inverse[:, 0].double().square()
