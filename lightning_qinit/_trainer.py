@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -23,6 +22,8 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_qinit.calibration.generators import is_generator, keep_generator
 
 
 @contextmanager
@@ -50,7 +51,8 @@ def _is_one_shot(loader: Any) -> bool:
     data = loader.dataset if isinstance(loader, DataLoader) else loader
     if isinstance(loader, DataLoader) and not isinstance(data, IterableDataset):
         return False
-    return iter(data) is data
+    iterator = iter(data)
+    return iterator is data or iterator is iter(data)
 
 
 @contextmanager
@@ -83,7 +85,7 @@ def training_batches(trainer: Trainer, most: int) -> Iterator[Iterator[Any]]:
         limit = trainer.limit_train_batches
         combined.limits = [_parse_num_batches(RunningStage.TRAINING, length, limit) for length in lengths]
     generators = {id(g): g for part in combined.flattened + given for g in _generators(part)}
-    states = [(g, g.get_state()) for g in generators.values()]
+    put_back = [keep_generator(generator) for generator in generators.values()]
     try:
         batches = iter(combined)
         length = sized_len(combined)  # the limits bound its length, not its iterator
@@ -92,16 +94,16 @@ def training_batches(trainer: Trainer, most: int) -> Iterator[Iterator[Any]]:
     finally:
         combined.reset()
         combined.flattened = given
-        for generator, state in states:
-            generator.set_state(state)
+        for restore in put_back:
+            restore()
 
 
-def _generators(loader: Any) -> Iterator[torch.Generator]:
-    sampler = getattr(loader, "sampler", None)
+def _generators(loader: Any) -> Iterator[Any]:
+    """The random generators that a loader, its samplers and its dataset hold as attributes."""
     batch_sampler = getattr(loader, "batch_sampler", None)
-    for holder in (loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None)):
-        if isinstance(generator := getattr(holder, "generator", None), torch.Generator):
-            yield generator
+    samplers = getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)
+    for holder in (loader, *samplers, getattr(loader, "dataset", None)):
+        yield from filter(is_generator, getattr(holder, "__dict__", {}).values())
 
 
 def _to_device(trainer: Trainer, batch: Any) -> Any:

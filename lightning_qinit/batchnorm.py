@@ -133,11 +133,13 @@ def _layer_before(module: nn.Module, norm: nn.Module, reads: Reads, kept: list[O
         return f"it does not normalize the channels of `{name}`"
     if any(child._forward_hooks or child._forward_pre_hooks for child in (layer, norm)):
         return f"it or `{name}` has hooks"
-    holders = Counter(id(p) for child in module.modules() for p in child._parameters.values())
-    for owner, tensors in ((layer, (layer.weight, layer.bias)), (norm, (norm.weight, norm.bias))):
+    held = [(*child._parameters.values(), *child._buffers.values()) for child in module.modules()]
+    holders = Counter(id(tensor) for tensors in held for tensor in tensors)
+    statistics = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    for owner, tensors in ((layer, (layer.weight, layer.bias)), (norm, (norm.weight, norm.bias, *statistics))):
         for tensor in tensors:
             if tensor is not None and (holders[id(tensor)] > 1 or reads.readers[id(tensor)] - {owner}):
-                return f"its parameters or those of `{name}` are used elsewhere too"
+                return f"its parameters or statistics, or those of `{name}`, are used elsewhere too"
     return layer
 
 

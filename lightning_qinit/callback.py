@@ -198,6 +198,7 @@ class QuantInitCallback(Callback):
         self._monitor: Monitor | None = None
         self._tracker: Tracker | None = None
         self._tracked: dict[str, Any] | None = None  # its state in the checkpoint that is resumed, or at the end
+        self._aggregates: dict[str, float] = {}  # as published last
         self._groups = 0  # of parameters, in all optimizers
         self._followers: list[Follower] = []  # groups of steps whose learning rate no scheduler sets
         self._calibrates = False  # has still to calibrate in this fit
@@ -219,6 +220,7 @@ class QuantInitCallback(Callback):
         self._calibrates = stage == "fit"
         if stage == "fit":  # what is known of an earlier fit, maybe of another module; a checkpoint brings it back
             self.report, self._shown, self._tracked, self._waits_for_batch = [], [], None, False
+            self._aggregates = {}
         builds_late = _trainer.overrides(pl_module, "setup") or _trainer.overrides(pl_module, "configure_model")
         kernels: Kernels = "eager" if _trainer.is_dry_run(trainer) else self.kernels
         self._insert(pl_module, kernels, complete=not builds_late)
@@ -260,6 +262,7 @@ class QuantInitCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrate, if there was no sanity check; prepare logging."""
         self._calibrate(trainer, pl_module)
+        self._publish(trainer, {})  # once more: the sanity check forgets all metrics, and so does a run that resumes
         for module in (pl_module, *_trainer.averaged_modules(trainer)):  # copies made since `setup` hold it too
             vars(module).pop("on_load_checkpoint", None)
         layers = quantized_layers(pl_module)
@@ -398,19 +401,22 @@ class QuantInitCallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The settings, as plain types, and what is known of oscillating weights."""
+        """The settings, as plain types, the mean and greatest error, and what is known of oscillating weights."""
         tracked = self._tracked if self._tracker is None else self._tracker.state_dict()
-        return {**plain(self.config), **({} if tracked is None else {"oscillation": tracked})}
+        state = {**plain(self.config), "aggregates": dict(self._aggregates)}
+        return state if tracked is None else {**state, "oscillation": tracked}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse a checkpoint whose quantizers were set up differently."""
         self._refuse_other_settings(state_dict)
         self._tracked = state_dict.get("oscillation")
+        self._aggregates = dict(state_dict.get("aggregates", {}))
 
     def _start_evaluation(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._quantizers = list(named_quantizers(quantized_layers(pl_module)).values())
-        self._keep_weights(trainer, True)
+        # elsewhere a quantizer would not see averaged weights that a step puts in and out by `weight.data`
+        self._keep_weights(trainer, pl_module.device.type == "cpu")
 
     def _keep_weights(self, trainer: Trainer, keep: bool) -> None:
         """Quantize weights once while they cannot change; not where a strategy gathers them for every use (FSDP)."""
@@ -522,9 +528,8 @@ class QuantInitCallback(Callback):
 
     def _publish(self, trainer: Trainer, values: dict[str, float]) -> None:
         """Let other callbacks monitor the aggregates."""
-        trainer.callback_metrics.update(
-            {name: torch.tensor(value) for name, value in values.items() if name in AGGREGATES}
-        )
+        self._aggregates.update({name: value for name, value in values.items() if name in AGGREGATES})
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self._aggregates.items()})
 
     def _warn_if_float(self, pl_module: LightningModule) -> None:
         quantizers = named_quantizers(quantized_layers(pl_module))

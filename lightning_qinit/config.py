@@ -151,9 +151,14 @@ class QuantConfig:
 
     @classmethod
     def from_plain(cls, settings: Mapping[str, Any]) -> "QuantConfig":
-        """The settings that :func:`plain` wrote into a checkpoint. Functions known only by name stay names."""
+        """The settings that :func:`plain` wrote into a checkpoint.
+
+        An initializer that cannot be found here (a function of another script) is of no use any more: ``"optimal"``.
+        """
         of_layers = {f.name: settings[f.name] for f in fields(LayerConfig) if f.name in settings}
-        return cls(LayerConfig(**of_layers), skip=settings["skip"], overrides=settings["overrides"])
+        of_layers = _with_known_initializers(of_layers)
+        overrides = {pattern: _with_known_initializers(own) for pattern, own in settings["overrides"].items()}
+        return cls(LayerConfig(**of_layers), skip=settings["skip"], overrides=overrides)
 
     def of_layer(self, name: str) -> LayerConfig | None:
         """The settings of a layer, or ``None`` if it stays in float.
@@ -240,6 +245,18 @@ def initializer_function(choice: InitializerChoice, argument: str = "initializer
             f"`{argument}` must be one of {sorted(INITIALIZERS)}, a function or its import path, got {choice!r}."
         )
     return found
+
+
+def _with_known_initializers(settings: Mapping[str, Any]) -> dict[str, Any]:
+    def known(choice: InitializerChoice | None) -> InitializerChoice | None:
+        try:
+            if choice is not None:
+                initializer_function(choice)
+        except ValueError:
+            return "optimal"
+        return choice
+
+    return {name: known(value) if name.endswith("initializer") else value for name, value in settings.items()}
 
 
 def _import(path: str) -> Any:

@@ -113,7 +113,7 @@ def _bits(values: Tensor) -> Tensor:
 def extremes(values: Tensor) -> Tensor:
     """Minus the least and the greatest value that is finite in float32; minus infinity where there is none."""
     if not len(values):
-        return torch.full((2,), -torch.inf, device=values.device)
+        return torch.full((2,), -torch.inf, dtype=torch.float32, device=values.device)
     values = values if values.dtype in _ORDERED else values.to(torch.float32)
     low, high = (end.to(torch.float32) for end in values.aminmax())
     if values.is_cuda or not (bool(low.isfinite()) and bool(high.isfinite())):  # on a GPU asking would wait

@@ -3,12 +3,13 @@
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+from lightning_qinit.calibration.generators import is_generator, keep_generator
 
 Restore = Callable[[], object]
 
@@ -52,8 +53,8 @@ def _keep(value: Any, seen: set[int]) -> Restore:
     """Remember the contents of builtin containers, and those within them, and of tensors and random generators."""
     if isinstance(value, Tensor):
         return _keep_tensor(value, seen)
-    if isinstance(value, torch.Generator):
-        return partial(value.set_state, value.get_state())
+    if is_generator(value):
+        return keep_generator(value)
     if type(value).__module__ not in ("builtins", "collections") or id(value) in seen:
         return _nothing
     if not isinstance(value, (list, deque, dict, set)):

@@ -42,7 +42,7 @@ class Sketch:
 
     def __init__(self, device: torch.device | str = "cpu", weighted: bool = False) -> None:
         self.table = torch.zeros(2, KEYS, dtype=torch.float64 if weighted else torch.int64, device=device)
-        self.extremes = torch.full((2,), -torch.inf, device=device)
+        self.extremes = torch.full((2,), -torch.inf, dtype=torch.float32, device=device)
 
     def update(self, x: Tensor, weights: Tensor | None = None) -> None:
         """Add all values of a floating-point tensor, with a weight each if the sketch is weighted."""

@@ -86,7 +86,10 @@ def _start(full_name: str, quantizer: Quantizer, calibration: CalibrationData, b
     rule = layer.quant_config.initializer_of("weight" if what in layer.weights() else "activation")
     levels = quantizer.level_set(bits, data.signed)
     sample, note = (data.weighted, data.note) if rule is optimal else (data.sample, "")
-    chosen = initialize(rule, sample, levels, quantizer.has_offset, data.reach / float(levels.abs().max()))
+    try:
+        chosen = initialize(rule, sample, levels, quantizer.has_offset, data.reach / float(levels.abs().max()))
+    except TypeError as error:
+        raise TypeError(f"{full_name}: {error}") from error
     measures = measure(data.sample, levels, chosen)
     note = "; ".join(filter(None, (note, chosen.note)))
     return Start(name, what, quantizer, bits, data.signed, chosen.step, measures, chosen.offset, note)

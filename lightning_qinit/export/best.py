@@ -54,7 +54,9 @@ def export_best(trainer: Trainer, module: LightningModule, path: Path) -> None:
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if best:
         # this run wrote it, with whatever hyperparameters the module saves
-        exported.load_state_dict(torch.load(best, map_location="cpu", weights_only=False)["state_dict"])
+        checkpoint = torch.load(best, map_location="cpu", weights_only=False)
+        exported.on_load_checkpoint(checkpoint)
+        exported.load_state_dict(checkpoint["state_dict"], strict=exported.strict_loading)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
         save_integers(exported, path)

@@ -16,7 +16,7 @@ from lightning_qinit.export.fold import fold, freeze, frozen_inputs
 from lightning_qinit.export.packing import pack, unpack
 from lightning_qinit.functional.fake_quantize import broadcast_channels
 from lightning_qinit.functional.levels import is_run
-from lightning_qinit.insertion import QUANTIZED_LAYERS, QuantizedLayer
+from lightning_qinit.insertion import QUANTIZED_LAYERS, QuantizedLayer, call_layers
 from lightning_qinit.quantizers import Quantizer
 from lightning_qinit.quantizers.frozen import FrozenQuantizer, Unquantized
 
@@ -102,6 +102,7 @@ def load_integers(module: Module, state: Mapping[str, Tensor] | str | PathLike[s
         if weights or not all(isinstance(frozen, Unquantized) for frozen in inputs.values()):
             layer.__class__ = kind
             freeze(layer, inputs)
+    call_layers(loaded)
     loaded.load_state_dict(left)
     return loaded
 

@@ -68,6 +68,13 @@ AFFINE: dict[Initializer, Callable[[Sample, Tensor], Initial]] = {
 def _answered(chosen: Tensor | Initial, sample: Sample, levels: Tensor, other: Initializer) -> Initial:
     """Where a rule gives no step though there is data (a quantile of sparse data, a range of one value), another's."""
     initial = Initial.of(chosen)
+    for what, value in (("step", initial.step), ("offset", initial.offset)):
+        if value is not None and not (isinstance(value, Tensor) and value.shape == sample.minimum.shape):
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise TypeError(
+                f"An initializer must return the {what} as a tensor with one for each group, shape "
+                f"{tuple(sample.minimum.shape)}, got {got}."
+            )
     missing = ~(initial.step.isfinite() & (initial.step > 0)) & (sample.energy > 0)
     if not missing.any():
         return initial

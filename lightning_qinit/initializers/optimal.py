@@ -101,7 +101,7 @@ def _with_shape(sample: Sample) -> Sample:
     pooled = unit[(rms[:, None] > 0) & (sample.weights > 0)].sort().values
     if not len(pooled):
         return sample
-    at = ((torch.arange(SHAPE, device=pooled.device) + 0.5) / SHAPE * len(pooled)).long()
+    at = ((torch.arange(SHAPE, device=pooled.device).to(pooled) + 0.5) / SHAPE * len(pooled)).long()
     shape = rms[:, None] * pooled[at]
     weight = torch.full_like(shape, PRIOR / SHAPE) * (sample.count[:, None] / sample.values.shape[1])
     values, weights = torch.cat((sample.values, shape), dim=1), torch.cat((sample.weights, weight), dim=1)

@@ -1,5 +1,6 @@
 """Insertion: which layers, and how a layer becomes a quantized layer and back."""
 
+from lightning_qinit.insertion.insert import call_layers as call_layers
 from lightning_qinit.insertion.insert import copy_quantizers as copy_quantizers
 from lightning_qinit.insertion.insert import float_parameters as float_parameters
 from lightning_qinit.insertion.insert import insert as insert

@@ -47,12 +47,12 @@ def insert(
         raise ValueError(f"{type(module).__name__} has no layer to quantize: {reason}.")
     shared = _shared_weights(candidates, chosen)
     for name, settings in chosen.items():
-        if not isinstance(candidates[name], QuantizedLayer):
-            _quantize_layer(candidates[name], settings, shared)
-    for encoder in _encoders(module):
-        if quantized_layers(encoder) and encoder.use_nested_tensor:
-            # in eval mode it would pack padded sequences for a fused path that never calls its layers
-            vars(encoder).update(use_nested_tensor=False, used_nested_tensor=True)
+        layer = candidates[name]
+        if isinstance(layer, QuantizedLayer):
+            vars(layer)["quant_config"] = settings  # other initializers, for quantizers that are still to start
+        else:
+            _quantize_layer(layer, settings, shared)
+    call_layers(module)
     layers = quantized_layers(module)
     if kernels is not None:
         for quantizer in named_quantizers(layers).values():
@@ -122,6 +122,13 @@ def remove(module: nn.Module) -> None:
         if hasattr(encoder, "used_nested_tensor"):
             encoder.use_nested_tensor = True
             del encoder.used_nested_tensor
+
+
+def call_layers(module: nn.Module) -> None:
+    """Have encoders call their quantized layers: in eval mode they would pack padded sequences for a fused path."""
+    for encoder in _encoders(module):
+        if quantized_layers(encoder) and encoder.use_nested_tensor:
+            vars(encoder).update(use_nested_tensor=False, used_nested_tensor=True)
 
 
 def _encoders(module: nn.Module) -> list[nn.TransformerEncoder]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import compress
 from typing import Any, NamedTuple
 
 from torch.optim import LBFGS, Optimizer
@@ -38,6 +39,9 @@ def adopt_steps(layers: Mapping[str, QuantizedLayer], optimizers: Iterable[Optim
                 untrained.append(name)
         elif group is not None:
             group["params"].extend(missing)
+            if "param_names" in group:
+                names = {id(p): f"{name}.{of_layer}" for of_layer, p in layer.named_parameters()}
+                group["param_names"].extend(names[id(p)] for p in missing)
             group_of.update((id(p), group) for p in missing)
     return untrained
 
@@ -91,12 +95,18 @@ def separate_steps(
                 continue
             if isinstance(optimizer, LBFGS):
                 raise ValueError("`step_lr_scale` must be 1 with L-BFGS, which has one parameter group only.")
-            group["params"] = [p for p in group["params"] if id(p) not in steps]
-            settings = {name: _scaled(name, value, lr_scale) for name, value in group.items() if name != "params"}
+            settings = {name: _scaled(name, value, lr_scale) for name, value in group.items()}
+            is_step = [id(p) in steps for p in group["params"]]
+            for name in ("params", "param_names"):  # the latter where the optimizer was given named parameters
+                if name in group:
+                    settings[name] = list(compress(group[name], is_step))
+                    group[name] = list(compress(group[name], [not step for step in is_step]))
             if "weight_decay" in settings:
                 settings["weight_decay"] = 0.0
+            if "name" in settings:  # LearningRateMonitor takes no two of one name
+                settings["name"] = f"{group['name']}_steps"
             groups = len(optimizer.param_groups)
-            optimizer.add_param_group({"params": mine, **settings})
+            optimizer.add_param_group(settings)
             for scheduler in its_schedulers:
                 for name, values in vars(scheduler).items():
                     if name in PER_GROUP and isinstance(values, list) and len(values) == groups:

@@ -22,12 +22,12 @@ def quantization_error_update(quantized: Tensor, original: Tensor) -> tuple[Tens
 
 def quantization_error_compute(noise: Tensor, signal: Tensor) -> Tensor:
     """The relative squared error ``noise / signal``; 0 where there is no noise."""
-    return torch.where(noise > 0, noise / signal, torch.zeros_like(noise))
+    return torch.where(noise == 0, 0.0, noise / signal)
 
 
 def sqnr_db_compute(noise: Tensor, signal: Tensor) -> Tensor:
     """The signal-to-quantization-noise ratio in dB, ``10 log10(signal / noise)``; infinite without noise."""
-    return torch.where(noise > 0, 10 * torch.log10(signal / noise), torch.full_like(noise, torch.inf))
+    return torch.where(noise == 0, torch.inf, 10 * torch.log10(signal / noise))
 
 
 class QuantizationError(Metric):

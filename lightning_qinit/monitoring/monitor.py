@@ -108,7 +108,7 @@ class Monitor:
         names = list(self.quantizers)
         device = self.quantizers[names[0]].initial_step.device
         # ranks may have run different layers; all reduce the same tensor
-        zeros, no_counts = torch.zeros(5, device=device), torch.zeros(MOST_LEVELS, device=device)
+        zeros, no_counts = (torch.zeros(n, dtype=torch.float32, device=device) for n in (5, MOST_LEVELS))
         sums = torch.stack([self._sums.get(name, zeros) for name in names])
         counts = torch.stack([self._counts.get(name, no_counts) for name in names])
         ratios = self._to_optimal(device)
@@ -156,11 +156,11 @@ class Monitor:
         v, levels = normalized(quantizer, x).contiguous(), quantizer.levels
         cell = _cells(v, levels)
         filled = torch.bincount(cell.flatten(), minlength=len(levels) + 2).float()
-        counts = torch.zeros(MOST_LEVELS, device=x.device)
+        counts = filled.new_zeros(MOST_LEVELS)
         counts[: len(levels)] = filled[1:-1]
         counts[0] += filled[0]
         counts[len(levels) - 1] += filled[-1]
-        still = torch.zeros((), device=x.device)
+        still = filled.new_zeros(())
         if quantizer.batch_axis is None and "still" in self.quantities:
             code = (cell - 1).clamp_(0, len(levels) - 1).to(torch.uint8)
             before = self._codes.get(name)
@@ -181,11 +181,12 @@ class Monitor:
     def _rate(self, name: str, device: torch.device) -> Tensor:
         """The mean rate of oscillation, ``(1,)``; -1 where it is not followed."""
         tracked = None if self.tracker is None else self.tracker.oscillation.get(name)
-        return torch.full((1,), -1.0, device=device) if tracked is None else tracked.rate.mean()[None]
+        none = torch.full((1,), -1.0, dtype=torch.float32, device=device)
+        return none if tracked is None else tracked.rate.mean()[None]
 
     def _to_optimal(self, device: torch.device) -> Tensor:
         """Steps relative to the optimal ones on this rank's values, and 1; zeros where it was not measured."""
-        ratios = {name: torch.zeros(2, device=device) for name in self.quantizers}
+        ratios = {name: torch.zeros(2, dtype=torch.float32, device=device) for name in self.quantizers}
         alike: dict[tuple[float, ...], list[str]] = {}
         for name in self._values:
             alike.setdefault(tuple(self.quantizers[name].levels.tolist()), []).append(name)
@@ -219,7 +220,7 @@ def _state(quantizer: Quantizer) -> Tensor:
 
 def channels(count: int, most: int = 16) -> Tensor:
     """At most 16 channels, evenly spread."""
-    return torch.linspace(0, count - 1, min(count, most)).round().long()
+    return torch.linspace(0, count - 1, min(count, most), dtype=torch.float64).round().long()
 
 
 def subsample(x: Tensor, quantizer: Quantizer, most: int = VALUES) -> Tensor:

@@ -20,6 +20,7 @@ from lightning_qinit.quantizers.straight_through import round_to_levels
 # A step may move this far from where it started, either way. Steps of trained networks move by tens of percent
 # (LSQ, section 3.5), so the bounds only catch a step that ran away.
 MAX_DRIFT = 2.0**16
+PROBES = 16  # values of a kept weight that are looked at for a change
 
 
 class Quantizer(nn.Module, ABC):
@@ -156,8 +157,10 @@ class Quantizer(nn.Module, ABC):
         how = Rounding(scale, offset, points, *constants)
         if not self.keeps_weight or not isinstance(x, nn.Parameter) or torch.compiler.is_compiling():
             return how
-        versions = x._version, self.relative_step._version, self.initial_step._version
-        state = (*versions, self.n_bits, self.is_signed, *constants)
+        tensors = x, self.relative_step, self.initial_step
+        if any(tensor.is_inference() for tensor in tensors):  # which count no changes
+            return how
+        state = (*(t._version for t in tensors), x.data_ptr(), _probe(x), self.n_bits, self.is_signed, *constants)
         if not self._kept or self._kept[0] is not x or self._kept[1] != state:
             with torch.no_grad():
                 self._kept = (x, state, rounded(x, how))
@@ -167,8 +170,9 @@ class Quantizer(nn.Module, ABC):
         """Forget the weight that is kept, and from here on keep the next, or do not.
 
         A quantizer that keeps its weight quantizes it once and not in every forward pass, until it or the step is
-        changed in place. It cannot see a change through ``weight.data``, so keep weights only while none is made:
-        within gradient accumulation, or while evaluating.
+        changed. A change through ``weight.data``, which torch does not count, is seen on the CPU if it concerns one of
+        some values looked at, and not at all on a GPU, where to look would be to wait: keep weights there only while
+        none is made.
         """
         self.keeps_weight, self._kept = keep, ()
 
@@ -288,3 +292,10 @@ class Quantizer(nn.Module, ABC):
 
 def ordinary_path(module: nn.Module, args: Any, output: Any) -> None:
     """Does nothing; that it is there keeps ``nn.TransformerEncoderLayer`` from bypassing the quantizers."""
+
+
+def _probe(x: Tensor) -> tuple[float, ...]:
+    """Some values of a parameter on the CPU, evenly spread in memory; none of one elsewhere."""
+    count = min(x.numel(), PROBES) if x.is_cpu else 0
+    step = x.numel() // max(1, count)
+    return tuple(x.detach().as_strided((count,), (step,), x.storage_offset()).tolist()) if count else ()
