@@ -119,6 +119,8 @@ class Odd(nn.Module):
             x = x + out.mean()
         if self.kind == "twice":
             x = self.conv(x + 1)
+        if self.kind == "mean read":
+            x = x + self.norm.running_mean.mean()
         if self.kind == "read":
             x = x + self.conv.weight.mean()
         if self.kind == "moved":
@@ -140,6 +142,7 @@ class Odd(nn.Module):
         "returned": "the output of `conv` is used elsewhere too",
         "twice": "`conv` runs 2 times",
         "read": "its parameters or statistics, or those of `conv`, are used elsewhere too",
+        "mean read": "its parameters or statistics, or those of `conv`, are used elsewhere too",
         "tied": "its parameters or statistics, or those of `conv`, are used elsewhere too",
         "moved": "it does not follow a convolution or Linear layer directly",
         "again": "it runs 2 times",

@@ -158,6 +158,22 @@ def test_quantizers_that_are_switched_off_are_left_out():
         torch.testing.assert_close(loaded(x), module(x), rtol=0, atol=0)
 
 
+def test_an_encoder_loaded_from_integers_takes_padding():
+    def encoder() -> nn.Module:
+        return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+
+    module, fresh = encoder(), encoder()
+    x, padding = torch.randn(3, 5, 8), torch.arange(5).expand(3, 5) >= torch.tensor([[5], [3], [2]])
+
+    def step(module: nn.Module, batch: Tensor) -> Tensor:
+        return module(batch, src_key_padding_mask=padding)
+
+    calibrate(prepare(module), [x], step)
+    with torch.no_grad():
+        loaded = load_integers(fresh, integer_state_dict(module))
+        assert torch.equal(step(loaded, x), step(module.eval(), x))
+
+
 def test_a_key_of_its_own_is_served_by_the_query():
     torch.manual_seed(0)
     module = nn.MultiheadAttention(8, 2, batch_first=True)

@@ -2,11 +2,14 @@
 
 import copy
 import csv
+import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from conftest import Recorder, SmallNet, loader, quantizers, quiet, small_data
@@ -224,9 +227,20 @@ def test_data_that_can_be_read_once(make_trainer) -> None:
         def __next__(self):
             return next(self.items)
 
-    callback = quiet()
-    make_trainer(callback).fit(SmallNet(), DataLoader(Stream(), 8))
-    assert len(callback.report) == 8
+    class Shared:
+        """Not an iterator itself, but it has one only."""
+
+        def __init__(self) -> None:
+            self.batches = iter(list(loader()))
+
+        def __iter__(self) -> Iterator[list[Tensor]]:
+            return self.batches
+
+    for data in (DataLoader(Stream(), 8), Shared()):
+        callback = quiet()
+        trainer = make_trainer(callback)
+        trainer.fit(SmallNet(), data)
+        assert len(callback.report) == 8 and trainer.global_step == 4
 
 
 def test_logged_values_are_those_of_the_step(make_trainer, tmp_path: Path) -> None:
@@ -390,22 +404,39 @@ def test_steps_of_weights_that_a_hook_recomputes_are_trained(make_trainer) -> No
     assert moved == {f"{name}.{what}" for name in ("stem", "body", "hidden") for what in ("weight", "input")}
 
 
+class Shuffled(torch.utils.data.Sampler):
+    def __init__(self, size: int) -> None:
+        self.size, self.rng, self.order = size, np.random.default_rng(5), []
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        self.order = self.rng.permutation(self.size).tolist()  # of the last epoch
+        return iter(self.order)
+
+
 def test_calibration_gives_a_generator_of_the_module_back(make_trainer) -> None:
     class Noisy(SmallNet):
         def __init__(self) -> None:
             super().__init__()
             self.generator = torch.Generator().manual_seed(3)
+            self.others = [random.Random(3), np.random.default_rng(3), np.random.RandomState(3)]
             self.drawn: list[float] = []
 
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
             self.drawn.append(float(torch.randn((), generator=self.generator)))
+            self.drawn += [float(other.random()) for other in self.others]
             return super().training_step(batch, batch_idx)
 
     runs = []
     for callbacks in ([], [quiet()]):
         model = Noisy()
-        make_trainer(*callbacks, max_steps=3).fit(model, loader())
-        runs.append(model.drawn)
+        data = small_data()
+        data.generator = torch.Generator().manual_seed(4)  # a dataset and a sampler may have their own, too
+        sampler = Shuffled(len(data))
+        make_trainer(*callbacks, max_steps=3).fit(model, DataLoader(data, 8, sampler=sampler))
+        runs.append([*model.drawn, *sampler.order])
     assert runs[0] == runs[1]
 
 

@@ -1,6 +1,8 @@
 """Weights are quantized once while they cannot change, and nothing else changes by it."""
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -9,7 +11,7 @@ from conftest import SmallNet, loader, quiet
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 
-from lightning_qinit import LSQ, prepare
+from lightning_qinit import LSQ, load_from_checkpoint, prepare
 from lightning_qinit.quantizers import rounding
 
 
@@ -96,3 +98,31 @@ def test_a_change_in_place_is_seen() -> None:
     kept = quantizer(weight)
     quantizer.keep_weight(False)
     assert torch.equal(kept, quantizer(weight))
+
+
+def test_weights_that_a_step_puts_in_through_data_are_those_evaluated(make_trainer: Callable) -> None:
+    class Averaged(SmallNet):  # as modules that evaluate an average beside their weights do
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            kept = [p.detach().clone() for p in self.parameters()]
+            first = self(batch[0])
+            for parameter in self.parameters():
+                parameter.data.mul_(0.5)
+            assert torch.equal(self(batch[0]), copy.deepcopy(self)(batch[0]))
+            for parameter, value in zip(self.parameters(), kept, strict=True):
+                parameter.data.copy_(value)
+            assert torch.equal(self(batch[0]), first)
+
+    make_trainer(quiet()).fit(Averaged(), loader(), loader(shuffle=False))
+
+
+def test_a_module_made_in_inference_mode_predicts(make_trainer: Callable, tmp_path: Path) -> None:
+    model = SmallNet()
+    trainer = make_trainer(quiet())
+    trainer.fit(model, loader())
+    trainer.save_checkpoint(tmp_path / "trained.ckpt")
+    with torch.inference_mode():
+        loaded = load_from_checkpoint(SmallNet, tmp_path / "trained.ckpt")
+    loaded.predict_step = lambda batch, batch_idx: loaded(batch[0])
+    model.predict_step = lambda batch, batch_idx: model(batch[0])
+    found, expected = (make_trainer(quiet()).predict(m, loader(shuffle=False)) for m in (loaded, model))
+    assert torch.equal(torch.cat(found), torch.cat(expected))

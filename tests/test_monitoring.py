@@ -43,6 +43,11 @@ def test_metrics_refuse_different_shapes_and_take_half_precision() -> None:
     assert math.isinf(float(sqnr_db_compute(torch.tensor(0.0), torch.tensor(1.0))))
 
 
+@pytest.mark.parametrize("metric", [QuantizationError, SignalToQuantizationNoiseRatio])
+def test_metrics_of_what_is_not_a_number_are_none(metric: type[QuantizationError]) -> None:
+    assert math.isnan(float(metric()(torch.tensor([math.nan, 1.0]), torch.ones(2))))
+
+
 def test_report_rows_are_what_the_tensors_say() -> None:
     model = nn.Sequential(nn.Linear(40, 8), nn.ReLU(), nn.Linear(8, 4))
     x = torch.randn(200, 40)

@@ -165,6 +165,29 @@ def test_the_callback_exports_the_best_checkpoint(name: str, tmp_path: Path):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_the_export_heeds_how_a_module_saves_and_loads(tmp_path: Path):
+    class Encoder(WithExample):
+        """Its frozen part is in no checkpoint, and the rest under other names."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.frozen, self.strict_loading = nn.BatchNorm2d(4), False
+
+        def on_save_checkpoint(self, checkpoint: dict) -> None:
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {f"my.{k}": v for k, v in state.items() if not k.startswith("frozen.")}
+
+        def on_load_checkpoint(self, checkpoint: dict) -> None:
+            checkpoint["state_dict"] = {k.removeprefix("my."): v for k, v in checkpoint["state_dict"].items()}
+
+    path, module = tmp_path / "model.safetensors", Encoder()
+    callback = QuantInitCallback(export=str(path), print_report=False)
+    trainer(tmp_path, callback, max_epochs=1).fit(module, loader(shuffle=False), loader(shuffle=False))
+    x = small_data(4).tensors[0]
+    with torch.no_grad():
+        torch.testing.assert_close(load_integers(Encoder(), path)(x), module.eval()(x), rtol=0, atol=0)
+
+
 def test_without_checkpoints_the_module_itself_is_exported(tmp_path: Path):
     callback = QuantInitCallback(export=str(tmp_path / "model.onnx"), print_report=False)
     module = WithExample()

@@ -1,6 +1,7 @@
 """What the callback refuses, in one clear sentence and before anything is changed."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,17 @@ class TestBadInput:
         with pytest.warns(UserWarning, match="NaN or infinite values in stem.input"):
             make_trainer(quiet(), max_steps=1).fit(model, DataLoader(data, 8))
         assert all(bool(q.initial_step.isfinite().all()) for q in quantizers(model).values())
+
+    @pytest.mark.parametrize(
+        ("step", "got"),
+        [
+            (lambda sample, levels: 0.1, "got 0.1"),
+            (lambda sample, levels: sample.maximum[:, None], r"got shape \(4, 1\)"),
+        ],
+    )
+    def test_initializer_that_returns_no_step_for_each_channel(self, make_trainer, step: Callable, got: str) -> None:
+        with pytest.raises(TypeError, match=rf"stem.weight: An initializer must return the step .* \(4,\), {got}"):
+            make_trainer(quiet(weight_initializer=step)).fit(SmallNet(), loader())
 
     def test_no_batches(self, make_trainer) -> None:
         model = SmallNet()

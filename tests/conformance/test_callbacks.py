@@ -186,6 +186,19 @@ def test_early_stopping_and_checkpoints_on_a_quantization_metric(make_trainer, t
     assert keep.best_model_score is not None and keep.best_model_path
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_quantization_metrics_are_there_before_the_first_log(make_trainer, tmp_path) -> None:
+    """After a sanity check, which forgets all metrics, and in a run that resumes."""
+    for path in (None, tmp_path / "last.ckpt"):
+        stop = EarlyStopping("quant_error/mean", patience=9)
+        keep = ModelCheckpoint(tmp_path / "kept", monitor="quant_error/max")
+        sanity = {"num_sanity_val_steps": 2, "enable_checkpointing": True, "log_every_n_steps": 50}
+        trainer = make_trainer(quiet(), stop, keep, max_epochs=1 if path is None else 2, **sanity)
+        trainer.fit(SmallNet(), loader(), loader(shuffle=False), ckpt_path=path)
+        assert 0 < float(keep.best_model_score) < 1 and 0 < float(stop.best_score) < 1
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+
+
 @pytest.mark.parametrize("depth", [1, -1])
 def test_model_summary(make_trainer, depth: int, capsys) -> None:
     class Shown(SmallNet):

@@ -11,11 +11,11 @@ import torch
 from conftest import SmallNet, loader, quiet, small_data
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lightning_qinit
-from lightning_qinit import prepare
+from lightning_qinit import Sample, load_from_checkpoint, prepare
 from lightning_qinit.insertion import named_quantizers, quantized_layers
 
 KINDS = [
@@ -135,6 +135,20 @@ def test_another_initializer_is_no_difference(make_trainer, tmp_path) -> None:
     model, fresh = trained(make_trainer, path), SmallNet()
     make_trainer(quiet(initializer="minmax")).test(fresh, loader(shuffle=False), ckpt_path=path, verbose=False)
     assert same_outputs(fresh, model)
+
+
+def test_initializers_that_nobody_can_import_are_not_needed_to_load(make_trainer, tmp_path) -> None:
+    def mine(sample: Sample, levels: Tensor) -> Tensor:
+        return sample.maximum / levels.max()
+
+    model = SmallNet()
+    callback = quiet(
+        weight_initializer=mine, overrides={"head": {"activation_initializer": lambda *given: mine(*given)}}
+    )
+    trainer = make_trainer(callback)
+    trainer.fit(model, loader())
+    trainer.save_checkpoint(tmp_path / "trained.ckpt")
+    assert same_outputs(load_from_checkpoint(SmallNet, tmp_path / "trained.ckpt"), model)
 
 
 def test_a_float_checkpoint_starts_a_quantized_run(make_trainer, tmp_path) -> None:

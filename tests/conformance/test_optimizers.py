@@ -14,6 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SmallNet, loader, quiet
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedulers
 
@@ -75,6 +77,28 @@ def test_groups_of_the_user_keep_their_settings(make_trainer) -> None:
     groups = trainer.optimizers[0].param_groups
     # the third is the user's own choice for steps, decay included
     assert [(g["lr"], g["weight_decay"]) for g in groups] == [(0.1, 0.2), (0.01, 0.0), (0.003, 0.2)]
+
+
+def test_names_of_groups_and_of_parameters_stay_apart(make_trainer, tmp_path) -> None:
+    def grouped(m: pl.LightningModule) -> torch.optim.Optimizer:
+        body = [*m.stem.parameters(), *m.body.parameters()]
+        rest = [p for p in m.parameters() if not any(p is q for q in body)]
+        return torch.optim.AdamW([{"params": body, "name": "body"}, {"params": rest, "name": "rest"}], weight_decay=0.1)
+
+    trainer = make_trainer(quiet(), LearningRateMonitor(), max_steps=1, logger=CSVLogger(tmp_path))
+    trainer.fit(with_optimizer(grouped), loader())
+    assert [g["name"] for g in trainer.optimizers[0].param_groups] == ["body", "rest", "body_steps", "rest_steps"]
+
+    named = with_optimizer(lambda m: torch.optim.AdamW(m.named_parameters(), weight_decay=0.1))
+    model = SmallNet()
+    early = torch.optim.AdamW(model.named_parameters(), weight_decay=0.1)  # knows of no steps yet
+    model.configure_optimizers = lambda: early
+    for module in (named, model):
+        trainer = make_trainer(quiet(), max_steps=1)
+        trainer.fit(module, loader())
+        name_of = {id(p): name for name, p in module.named_parameters()}
+        for group in trainer.optimizers[0].param_groups:
+            assert group["param_names"] == [name_of[id(p)] for p in group["params"]]
 
 
 def test_learning_rate_of_steps(make_trainer) -> None:

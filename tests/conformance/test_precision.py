@@ -138,3 +138,23 @@ def test_callbacks_of_lightning_accept_ours_in_the_other_namespace(make_trainer)
     stop = EarlyStopping("quant_error/mean", check_on_train_epoch_end=True)
     other.Trainer(callbacks=[quiet(), stop], max_epochs=1, log_every_n_steps=1, **quietly).fit(Net(), loader())
     assert isinstance(model, other.LightningModule) and not isinstance(model, pl.LightningModule)
+
+
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
+def test_wide_layers_are_measured_in_half_precision(make_trainer, precision: str) -> None:
+    """Lightning makes half precision torch's default then, which counts to 2048 or to 256."""
+
+    class Wide(SmallNet):
+        def __init__(self) -> None:
+            super().__init__(learning_rate=0.0)
+            self.hidden, self.head = nn.Linear(144, 2100), nn.Linear(2100, 3)
+
+    counted: list[float] = []
+
+    class Count(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *arguments: object) -> None:
+            counted.append(float(callback._monitor.counts["hidden.weight"].sum()))
+
+    callback = quiet(log_costly_every=1)
+    make_trainer(callback, Count(), precision=precision, max_steps=2, log_every_n_steps=1).fit(Wide(), loader())
+    assert counted == [144 * 2100] * 2
