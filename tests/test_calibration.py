@@ -102,6 +102,18 @@ def test_fisher_needs_a_loss(make_trainer) -> None:
     assert not model[0].weight_quantizer.is_calibrated
 
 
+def test_fisher_leaves_out_batches_that_a_step_skips() -> None:
+    rows, data = [], [torch.randn(20, 4), torch.randn(20, 4)]
+    for batches in (data, data[1:]):
+        torch.manual_seed(1)
+        model = prepare(nn.Sequential(nn.Linear(4, 40), nn.Linear(40, 40)), weight_bits=3)
+        step = lambda module, batch: None if batch is data[0] else module(batch).square().mean()  # noqa: E731
+        rows.append(calibrate(model, batches, step=step, criterion="fisher"))
+    assert [row.step for row in rows[0] if row.what == "weight"] == [
+        row.step for row in rows[1] if row.what == "weight"
+    ]
+
+
 def test_fisher_with_manual_optimization(make_trainer) -> None:
     class Manual(SmallNet):
         automatic_optimization = property(lambda self: False, lambda self, value: None)

@@ -63,17 +63,16 @@ class Passes:
             if criterion == "fisher" and any(isinstance(layer, nn.RNNBase) for layer in layers.values()):
                 # cuDNN has no backward pass of recurrent layers in eval mode
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            for index, batch in enumerate(self._fresh()):
-                losses = self.step(batch, index)
-                if criterion == "fisher":
-                    self._check_losses(losses)
+            batches = with_loss = 0
+            for batches, batch in enumerate(self._fresh(), 1):
+                losses = self.step(batch, batches - 1)
+                if criterion == "fisher" and any(loss.requires_grad for loss in losses):
+                    with_loss += 1  # a step may skip a batch
                     observation.differentiate(layers, losses)
                 observation.end_batch()
-        return self.merge(layers, observation)
-
-    def _check_losses(self, losses: Sequence[Tensor]) -> None:
-        if not any(loss.requires_grad for loss in losses):
+        if criterion == "fisher" and batches and not with_loss:
             raise ValueError(f"`criterion` = 'fisher' needs a loss with gradients; `{self.step_name}` returned none.")
+        return self.merge(layers, observation)
 
     def run(self) -> None:
         """Run all batches without watching."""
