@@ -109,9 +109,8 @@ def test_fisher_leaves_out_batches_that_a_step_skips() -> None:
         model = prepare(nn.Sequential(nn.Linear(4, 40), nn.Linear(40, 40)), weight_bits=3)
         step = lambda module, batch: None if batch is data[0] else module(batch).square().mean()  # noqa: E731
         rows.append(calibrate(model, batches, step=step, criterion="fisher"))
-    assert [row.step for row in rows[0] if row.what == "weight"] == [
-        row.step for row in rows[1] if row.what == "weight"
-    ]
+    first, second = ([row.step for row in found if row.what == "weight"] for found in rows)
+    assert first == second
 
 
 def test_fisher_with_manual_optimization(make_trainer) -> None:
