@@ -100,8 +100,8 @@ def check_inputs(module: nn.Module) -> None:
             kind = type(quantizer).__name__
             raise ValueError(
                 f"`{name}` cannot be exported: the levels of its {kind} are not consecutive integers, which "
-                "QuantizeLinear rounds to; use 'lsq', 'lsq+' or 'pact' with 2 bits or more for inputs (weights are looked "
-                "up)."
+                "QuantizeLinear rounds to; use 'lsq', 'lsq+' or 'pact' with 2 bits or more for inputs (weights are "
+                "looked up)."
             )
 
 
