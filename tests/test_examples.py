@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 
@@ -93,9 +94,10 @@ def test_every_setting_is_reachable_and_defaults_print_clean(tmp_path: Path) -> 
     assert defaults.keys() == settings.keys() and defaults["quantizer"] == "lsq"
 
 
-def test_bad_setting_is_one_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", ["9", "many"])
+def test_bad_setting_is_one_sentence(tmp_path: Path, value: str) -> None:
     command = [sys.executable, str(EXAMPLES / "cli.py"), "fit", "--trainer.callbacks+=QuantInitCallback"]
-    command.append("--trainer.callbacks.weight_bits=9")
+    command.append(f"--trainer.callbacks.weight_bits={value}")
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=100)
     assert done.returncode != 0 and "weight_bits" in done.stderr
 
