@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
 from lightning_qinit import QuantInitCallback
-from lightning_qinit.insertion import quantized_layers
+from lightning_qinit.insertion import named_quantizers, quantized_layers
 
 
 class SmallNet(pl.LightningModule):
@@ -71,7 +71,7 @@ class Recorder(SmallNet):
 
 
 def quantizers(module: nn.Module) -> dict:
-    return {f"{n}.{w}": q for n, layer in quantized_layers(module).items() for w, q in layer.quantizers().items()}
+    return named_quantizers(quantized_layers(module))
 
 
 def small_data(count: int = 32) -> TensorDataset:

@@ -89,14 +89,13 @@ def separate_steps(
         its_schedulers = [s for s in nested if getattr(s, "optimizer", optimizer) is optimizer]
         foreign = not all(isinstance(s, LRScheduler) for s in its_schedulers)
         for index, group in enumerate(list(optimizer.param_groups)):
-            mine = [p for p in group["params"] if id(p) in steps]
-            apart = len(mine) == len(group["params"])  # a group of the user's own, or from an earlier fit
-            if not mine or apart or (not group.get("weight_decay") and lr_scale == 1):
+            is_step = [id(p) in steps for p in group["params"]]
+            apart = all(is_step)  # a group of the user's own, or from an earlier fit
+            if not any(is_step) or apart or (not group.get("weight_decay") and lr_scale == 1):
                 continue
             if isinstance(optimizer, LBFGS):
                 raise ValueError("`step_lr_scale` must be 1 with L-BFGS, which has one parameter group only.")
             settings = {name: _scaled(name, value, lr_scale) for name, value in group.items()}
-            is_step = [id(p) in steps for p in group["params"]]
             for name in ("params", "param_names"):  # the latter where the optimizer was given named parameters
                 if name in group:
                     settings[name] = list(compress(group[name], is_step))

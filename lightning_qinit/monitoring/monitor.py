@@ -181,8 +181,9 @@ class Monitor:
     def _rate(self, name: str, device: torch.device) -> Tensor:
         """The mean rate of oscillation, ``(1,)``; -1 where it is not followed."""
         tracked = None if self.tracker is None else self.tracker.oscillation.get(name)
-        none = torch.full((1,), -1.0, dtype=torch.float32, device=device)
-        return none if tracked is None else tracked.rate.mean()[None]
+        if tracked is None:
+            return torch.full((1,), -1.0, dtype=torch.float32, device=device)
+        return tracked.rate.mean()[None]
 
     def _to_optimal(self, device: torch.device) -> Tensor:
         """Steps relative to the optimal ones on this rank's values, and 1; zeros where it was not measured."""

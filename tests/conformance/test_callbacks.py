@@ -5,7 +5,7 @@ import copy
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import SmallNet, loader, quiet, small_data
+from conftest import SmallNet, loader, quantizers, quiet, small_data
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
@@ -19,15 +19,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
-from torch import nn
 from torch.utils.data import DataLoader
-
-from lightning_qinit.insertion import named_quantizers, quantized_layers
-
-
-def quantizers(module: nn.Module) -> dict:
-    return named_quantizers(quantized_layers(module))
-
 
 AVERAGING = {
     "WeightAveraging": lambda: WeightAveraging(),
