@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_qinit.calibration.generators import is_generator, keep_generator
+from lightning_qinit.generators import is_generator, keep_generator
 
 
 @contextmanager

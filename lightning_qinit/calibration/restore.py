@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_qinit.calibration.generators import is_generator, keep_generator
+from lightning_qinit.generators import is_generator, keep_generator
 
 Restore = Callable[[], object]
 

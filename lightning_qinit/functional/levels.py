@@ -72,7 +72,8 @@ def thresholds(levels: Tensor) -> Tensor:
 
 def is_run(levels: Tensor) -> bool:
     """Whether the levels are consecutive integers."""
-    return bool((levels == levels.round()).all()) and bool((levels.diff() == 1).all())
+    values = levels.double().tolist()
+    return values[0].is_integer() and values == [values[0] + i for i in range(len(values))]
 
 
 def is_uniform(levels: Tensor) -> bool:
