@@ -15,11 +15,12 @@ from typing_extensions import override
 from lightning_qinit import _trainer
 from lightning_qinit.batchnorm import fold_alike
 from lightning_qinit.calibration import check_weights, settle, warn_blind
+from lightning_qinit.calibration.config import CalibrationConfig
 from lightning_qinit.calibration.run import choose_in_training
 from lightning_qinit.calibration.widths import WIDTHS
 from lightning_qinit.checkpoint import STATE_KEY, differences, has_quantizers, saved_settings
-from lightning_qinit.checks import check, check_whole, is_number
-from lightning_qinit.config import CalibrationConfig, LayerConfig, QuantConfig, plain, shorten
+from lightning_qinit.checks import check, check_whole, is_number, shorten
+from lightning_qinit.config import LayerConfig, QuantConfig, plain
 from lightning_qinit.export.best import check_calibrated, check_can_export, check_path, export_best
 from lightning_qinit.initializers import Initializer
 from lightning_qinit.insertion import (

@@ -1,5 +1,6 @@
 """Checks of single arguments: a sentence that names the argument, what is accepted and what was given."""
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -32,3 +33,9 @@ def check_whole(argument: str, value: Any, least: int) -> None:
 def check_flag(argument: str, value: Any) -> None:
     """Raise ``ValueError`` unless ``value`` is True or False."""
     check(argument, value, isinstance(value, bool), "True or False")
+
+
+def shorten(names: Sequence[str], most: int = 8) -> str:
+    """A list of names for a message: the first few, and how many more."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest if names else "none"

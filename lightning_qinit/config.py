@@ -3,13 +3,19 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
-from functools import partial
-from importlib import import_module
 from typing import Any, Literal
 
 import torch
 
-from lightning_qinit.checks import check, check_bits, check_flag, check_whole, is_number
+from lightning_qinit.checks import check_bits, check_flag, shorten
+from lightning_qinit.choices import (
+    InitializerChoice,
+    QuantizerChoice,
+    initializer_function,
+    plain_form,
+    quantizer_factory,
+    with_known_initializers,
+)
 from lightning_qinit.functional.sample import Sample
 from lightning_qinit.initializers import INITIALIZERS, Initializer, initialize
 from lightning_qinit.quantizers import Quantizer
@@ -17,9 +23,6 @@ from lightning_qinit.quantizers import Quantizer
 Role = Literal["weight", "activation"]
 ROLES: tuple[Role, ...] = ("weight", "activation")
 PLURAL = {"weight": "weights", "activation": "inputs"}
-
-QuantizerChoice = str | type[Quantizer] | Mapping[str, Any]
-InitializerChoice = str | Initializer
 
 
 @dataclass(frozen=True)
@@ -156,8 +159,8 @@ class QuantConfig:
         An initializer that cannot be found here (a function of another script) is of no use any more: ``"optimal"``.
         """
         of_layers = {f.name: settings[f.name] for f in fields(LayerConfig) if f.name in settings}
-        of_layers = _with_known_initializers(of_layers)
-        overrides = {pattern: _with_known_initializers(own) for pattern, own in settings["overrides"].items()}
+        of_layers = with_known_initializers(of_layers)
+        overrides = {pattern: with_known_initializers(own) for pattern, own in settings["overrides"].items()}
         return cls(LayerConfig(**of_layers), skip=settings["skip"], overrides=overrides)
 
     def of_layer(self, name: str) -> LayerConfig | None:
@@ -193,89 +196,12 @@ class QuantConfig:
                     )
 
 
-@dataclass(frozen=True)
-class CalibrationConfig:
-    """How the steps are chosen.
-
-    Attributes:
-        batches: how many training batches to read, over all ranks together.
-        criterion: how the optimum weighs errors: ``"mse"`` alike; ``"fisher"`` by the squared gradients of the loss;
-            ``"hessian"``, for weights, by the mean square of the inputs that they meet; ``"output"``, for weights, by
-            what they do together to the layer's outputs.
-        sequential: whether to choose layer by layer, each for inputs from layers already quantized.
-        average_bits: bits of weights on average, 2 to 8, allocated over the layers; ``None`` to leave them as set.
-        recalibrate_batchnorm: whether to re-estimate BatchNorm statistics under quantization.
-    """
-
-    batches: int = 16
-    criterion: Literal["mse", "fisher", "hessian", "output"] = "mse"
-    sequential: bool = False
-    average_bits: float | None = None
-    recalibrate_batchnorm: bool = False
-
-    def __post_init__(self) -> None:
-        check_whole("calibration_batches", self.batches, 1)
-        criteria = "'mse', 'fisher', 'hessian' or 'output'"
-        check("criterion", self.criterion, self.criterion in ("mse", "fisher", "hessian", "output"), criteria)
-        check_flag("sequential", self.sequential)
-        check_flag("recalibrate_batchnorm", self.recalibrate_batchnorm)
-        average = self.average_bits
-        fits = average is None or (is_number(average) and 2 <= average <= 8)
-        check("average_bits", average, fits, "a number from 2 to 8, or None")
-
-
-def quantizer_factory(choice: QuantizerChoice, argument: str = "quantizer") -> Callable[..., Quantizer]:
-    """What builds a quantizer given as a name, a class, an import path, or a mapping of these and options."""
-    options = dict(choice) if isinstance(choice, Mapping) else {"name": choice}
-    name = options.pop("name", None)
-    found = Quantizer.registry.get(name) or _import(name) if isinstance(name, str) else name
-    if not (isinstance(found, type) and issubclass(found, Quantizer)):
-        raise ValueError(
-            f"`{argument}` must be one of {sorted(Quantizer.registry)}, a Quantizer subclass, its import path, or a "
-            f"mapping with one of these as `name` and its options, got {choice!r}."
-        )
-    return partial(found, **options)
-
-
-def initializer_function(choice: InitializerChoice, argument: str = "initializer") -> Initializer:
-    """The function of an initializer given as a name, a function or an import path."""
-    found = INITIALIZERS.get(choice) or _import(choice) if isinstance(choice, str) else choice
-    if not callable(found):
-        raise ValueError(
-            f"`{argument}` must be one of {sorted(INITIALIZERS)}, a function or its import path, got {choice!r}."
-        )
-    return found
-
-
-def _with_known_initializers(settings: Mapping[str, Any]) -> dict[str, Any]:
-    def known(choice: InitializerChoice | None) -> InitializerChoice | None:
-        try:
-            if choice is not None:
-                initializer_function(choice)
-        except ValueError:
-            return "optimal"
-        return choice
-
-    return {name: known(value) if name.endswith("initializer") else value for name, value in settings.items()}
-
-
-def _import(path: str) -> Any:
-    """The object at an import path, or ``None`` if there is none."""
-    module, _, attribute = path.rpartition(".")
-    if not module:
-        return None
-    try:
-        return getattr(import_module(module), attribute, None)
-    except ModuleNotFoundError:
-        return None
-
-
 def plain(config: QuantConfig) -> dict[str, Any]:
     """The settings as plain types, for checkpoints: classes and functions become names or import paths."""
     names = [setting.name for setting in fields(LayerConfig) if setting.name != "own_bits"]
-    settings: dict[str, Any] = {name: _plain(getattr(config.default, name)) for name in names}
+    settings: dict[str, Any] = {name: plain_form(getattr(config.default, name)) for name in names}
     settings["skip"] = list(config.skip)
-    settings["overrides"] = {pattern: _plain(values) for pattern, values in config.overrides.items()}
+    settings["overrides"] = {pattern: plain_form(values) for pattern, values in config.overrides.items()}
     return settings
 
 
@@ -285,32 +211,14 @@ def plain_layer(config: LayerConfig) -> dict[str, Any]:
     bits = {f"{role}_bits": getattr(config, f"{role}_bits") for role in ROLES}
     own = sorted(config.own_bits)
     rest = {"per_channel": config.per_channel, "first_last_bits": config.first_last_bits, "own_bits": own}
-    return {key: _plain(value) for key, value in {**bits, **roles, **rest}.items()}
+    return {key: plain_form(value) for key, value in {**bits, **roles, **rest}.items()}
 
 
-def _plain(value: Any) -> Any:
-    """One form for settings that mean the same: names, lists and numbers instead of objects."""
-    if isinstance(value, Mapping):
-        if set(value) == {"name"}:
-            return _plain(value["name"])
-        return {key: _plain(item) for key, item in value.items()}
-    if hasattr(value, "tolist"):  # arrays and tensors
-        return _plain(value.tolist())
-    if isinstance(value, (list, tuple, range)):
-        return [_plain(item) for item in value]
-    if isinstance(value, str) and "." in value:
-        found = _import(value)
-        return _plain(found) if callable(found) else value
-    if isinstance(value, type) and issubclass(value, Quantizer) and Quantizer.registry.get(value.name) is value:
-        return value.name
-    if callable(value):
-        known = {function: name for name, function in INITIALIZERS.items()}
-        path = f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
-        return known.get(value, path)
-    return value
-
-
-def shorten(names: Sequence[str], most: int = 8) -> str:
-    """A list of names for a message: the first few, and how many more."""
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest if names else "none"
+def plain_weight(config: LayerConfig) -> dict[str, Any]:
+    """What the weight of a layer is quantized with and started by, as plain types."""
+    settings = plain_layer(config)
+    if "weight" in config.own_bits:
+        del settings["first_last_bits"]
+    of_weight = ("weight_bits", "weight_quantizer", "per_channel", "first_last_bits")
+    chosen = {key: settings[key] for key in of_weight if key in settings}
+    return {**chosen, "weight_initializer": plain_form(config.weight_initializer or config.initializer)}

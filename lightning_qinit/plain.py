@@ -14,7 +14,8 @@ from lightning_qinit.calibration import (
     trained_norms,
     warn_blind,
 )
-from lightning_qinit.config import CalibrationConfig, LayerConfig, QuantConfig
+from lightning_qinit.calibration.config import CalibrationConfig
+from lightning_qinit.config import LayerConfig, QuantConfig
 from lightning_qinit.insertion import insert, quantized_layers
 from lightning_qinit.monitoring import ReportRow, make_row
 from lightning_qinit.quantizers.kernels import Kernels, check_kernels

@@ -273,6 +273,7 @@ def test_tied_weights_share_one_quantizer() -> None:
     twin = copy.deepcopy(model)
     assert twin.head.weight_quantizer is twin.table.weight_quantizer
     prepare(Tied(), overrides={"head": {"activation_bits": 8}})  # concerns an input, which is not shared
+    prepare(Tied(), overrides={"head": {"quantizer": Quantizer.registry["lsq"]}})  # the same as "lsq"
     with pytest.raises(ValueError, match="layers 'table' and 'head' share a weight, so the settings of weights"):
         prepare(Tied(), overrides={"head": {"weight_bits": 8}})
 

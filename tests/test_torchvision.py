@@ -22,7 +22,7 @@ from torchvision.models.resnet import Bottleneck
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 
 from lightning_qinit import QuantInitCallback
-from lightning_qinit.config import shorten
+from lightning_qinit.checks import shorten
 from lightning_qinit.insertion import named_quantizers, quantized_layers
 
 CLASSES = 10

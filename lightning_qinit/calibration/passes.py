@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qinit.calibration.batchnorm import Statistics, batch_statistics
+from lightning_qinit.calibration.config import CalibrationConfig
 from lightning_qinit.calibration.initialize import choose
 from lightning_qinit.calibration.observe import Criterion, Observation, observe
 from lightning_qinit.calibration.start import Start
-from lightning_qinit.config import CalibrationConfig
 from lightning_qinit.insertion import QuantizedLayer
 
 Step = Callable[[Any, int], Sequence[Tensor]]

@@ -14,12 +14,12 @@ from tqdm.auto import tqdm
 
 from lightning_qinit._trainer import pulls_batches_itself, run_step, training_batches
 from lightning_qinit.calibration.batchnorm import Statistics, trained_norms
+from lightning_qinit.calibration.config import CalibrationConfig
 from lightning_qinit.calibration.dry_run import dry_run
 from lightning_qinit.calibration.observe import Observation
 from lightning_qinit.calibration.passes import Passes
 from lightning_qinit.calibration.sketch import Sketch
 from lightning_qinit.calibration.start import Start
-from lightning_qinit.config import CalibrationConfig
 from lightning_qinit.functional.sample import float64_device
 from lightning_qinit.insertion import QuantizedLayer
 

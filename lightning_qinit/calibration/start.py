@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_qinit.calibration.data import CalibrationData
 from lightning_qinit.calibration.measure import Measures, measure
-from lightning_qinit.config import shorten
+from lightning_qinit.checks import shorten
 from lightning_qinit.initializers import initialize
 from lightning_qinit.initializers.optimal import optimal
 from lightning_qinit.insertion import named_quantizers

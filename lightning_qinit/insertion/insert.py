@@ -7,7 +7,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
-from lightning_qinit.config import LayerConfig, QuantConfig, plain_layer
+from lightning_qinit.config import LayerConfig, QuantConfig, plain_layer, plain_weight
 from lightning_qinit.insertion.layers import QUANTIZED_LAYERS, QuantizedLayer, held
 from lightning_qinit.quantizers import Quantizer
 from lightning_qinit.quantizers.frozen import refuse_frozen
@@ -97,19 +97,11 @@ def _shared_weights(candidates: Mapping[str, nn.Module], chosen: Mapping[str, La
             continue
         for weight_name in QUANTIZED_LAYERS[type(layer)].weight_names(layer):
             other, theirs = of_weight.setdefault(id(getattr(layer, weight_name)), (name, settings))
-            if _of_weight(theirs) != _of_weight(settings):
+            if plain_weight(theirs) != plain_weight(settings):
                 raise ValueError(
                     f"The layers {other!r} and {name!r} share a weight, so the settings of weights must be the same."
                 )
     return shared
-
-
-def _of_weight(config: LayerConfig) -> tuple[object, ...]:
-    """What concerns the weight among the settings of a layer."""
-    quantizer = config.weight_quantizer or config.quantizer
-    initializer = config.weight_initializer or config.initializer
-    own = "weight" in config.own_bits
-    return config.weight_bits, quantizer, initializer, config.per_channel, None if own else config.first_last_bits
 
 
 def remove(module: nn.Module) -> None:
