@@ -92,6 +92,12 @@ def test_sparse_embeddings_stay_in_float() -> None:
     assert float_parameters(model) == ["0.weight"]
 
 
+def test_complex_layers_stay_in_float() -> None:
+    model = prepare(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.complex64)))
+    assert list(quantized_layers(model)) == ["0"]
+    assert float_parameters(model) == ["1.weight"]
+
+
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", RECURRENT)

@@ -38,8 +38,8 @@ class QuantizedLayer(nn.Module):
 
     @classmethod
     def accepts(cls, layer: nn.Module) -> bool:
-        """Whether a float layer of the right type can be quantized."""
-        return True
+        """Whether a float layer of the right type can be quantized: not one with complex or integer weights."""
+        return all(getattr(layer, name).is_floating_point() for name in cls.weight_names(layer))
 
     @classmethod
     def weight_names(cls, layer: nn.Module) -> tuple[str, ...]:

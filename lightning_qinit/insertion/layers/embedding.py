@@ -16,7 +16,7 @@ class QuantEmbedding(QuantizedLayer, nn.Embedding):
 
     @classmethod
     def accepts(cls, layer: nn.Module) -> bool:
-        return not layer.sparse  # a sparse gradient cannot pass through a quantizer
+        return super().accepts(layer) and not layer.sparse  # a sparse gradient cannot pass through a quantizer
 
     def forward(self, input: Tensor) -> Tensor:
         if self.max_norm is not None:  # as in float, rows looked up are renormalized in place
@@ -35,7 +35,7 @@ class QuantEmbeddingBag(QuantizedLayer, nn.EmbeddingBag):
 
     @classmethod
     def accepts(cls, layer: nn.Module) -> bool:
-        return not layer.sparse
+        return super().accepts(layer) and not layer.sparse
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         if self.max_norm is not None:
