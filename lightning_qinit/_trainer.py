@@ -1,8 +1,10 @@
 """Every private Lightning name that the package touches (checked against Lightning 2.6.6)."""
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -23,7 +25,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_qinit.generators import is_generator, keep_generator
+from lightning_qinit.generators import generators_in, keep_generator
 
 
 @contextmanager
@@ -60,7 +62,8 @@ def training_batches(trainer: Trainer, most: int) -> Iterator[Iterator[Any]]:
     """The first ``most`` batches that training is going to see, on its device.
 
     Asks the data source for a loader of its own and prepares it as the fit loop does (samplers, limits), so the
-    loop's own state is untouched; generators that the loaders hold are put back. Use inside :func:`isolate_rng`.
+    loop's own state is untouched; generators that the loaders hold, attributes of their samplers, and what a loader
+    itself keeps in a ``state_dict``, are put back. Use inside :func:`isolate_rng`.
     """
     loop, strategy, module = trainer.fit_loop, trainer.strategy, trainer.lightning_module
     if trainer.limit_train_batches == 0:
@@ -84,26 +87,35 @@ def training_batches(trainer: Trainer, most: int) -> Iterator[Iterator[Any]]:
         ]
         limit = trainer.limit_train_batches
         combined.limits = [_parse_num_batches(RunningStage.TRAINING, length, limit) for length in lengths]
-    generators = {id(g): g for part in combined.flattened + given for g in _generators(part)}
-    put_back = [keep_generator(generator) for generator in generators.values()]
+    put_back = _keep_loaders([*combined.flattened, *given])
+    held = loop._combined_loader, loop.max_batches
     try:
         batches = iter(combined)
         length = sized_len(combined)  # the limits bound its length, not its iterator
+        # a step may ask the trainer for them
+        loop._combined_loader, loop.max_batches = combined, float("inf") if length is None else length
         most = most if length is None else min(most, length)
         yield (_to_device(trainer, batch) for batch, _, _ in islice(batches, most))
     finally:
+        loop._combined_loader, loop.max_batches = held
         combined.reset()
         combined.flattened = given
         for restore in put_back:
             restore()
 
 
-def _generators(loader: Any) -> Iterator[Any]:
-    """The random generators that a loader, its samplers and its dataset hold as attributes."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    samplers = getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)
-    for holder in (loader, *samplers, getattr(loader, "dataset", None)):
-        yield from filter(is_generator, getattr(holder, "__dict__", {}).values())
+def _keep_loaders(loaders: list[Any]) -> list[Callable[[], object]]:
+    """What puts loaders back where they are now: which samples come next, and what is drawn for them."""
+    put_back: list[Callable[[], object]] = []
+    holders = []
+    for loader in loaders:
+        batch_sampler = getattr(loader, "batch_sampler", None)
+        samplers = [getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
+        put_back += [partial(vars(s).update, dict(vars(s))) for s in samplers if hasattr(s, "__dict__")]
+        holders += [loader, *samplers, getattr(loader, "dataset", None)]
+        if callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None)):
+            put_back.append(partial(loader.load_state_dict, copy.deepcopy(loader.state_dict())))
+    return put_back + [keep_generator(generator) for generator in generators_in(*holders)]
 
 
 def _to_device(trainer: Trainer, batch: Any) -> Any:
@@ -113,10 +125,17 @@ def _to_device(trainer: Trainer, batch: Any) -> Any:
 
 
 def run_step(trainer: Trainer, batch: Any, batch_idx: int) -> Any:
-    """Call the module's ``training_step`` the way the loop does: through the strategy's wrapper and precision."""
+    """Call the module's ``training_step`` the way the loop does: through the strategy's wrapper and precision.
+
+    Past the wrapper of DDP, which would take a pass with gradients for the first of training.
+    """
+    module = trainer.lightning_module
     arguments = {"batch": batch}
-    if is_param_in_hook_signature(trainer.lightning_module.training_step, "batch_idx", min_args=2):
+    if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
         arguments["batch_idx"] = batch_idx
+    if isinstance(trainer.strategy.model, DistributedDataParallel):
+        with trainer.precision_plugin.train_step_context():
+            return module.training_step(*arguments.values())
     return trainer.strategy.training_step(*arguments.values())
 
 

@@ -14,9 +14,9 @@ from typing_extensions import override
 
 from lightning_qinit import _trainer
 from lightning_qinit.batchnorm import fold_alike
-from lightning_qinit.calibration import check_weights, settle, warn_blind
+from lightning_qinit.calibration import check_weights, settle, warn_blind, warn_nonfinite, warn_unseen
 from lightning_qinit.calibration.config import CalibrationConfig
-from lightning_qinit.calibration.run import choose_in_training
+from lightning_qinit.calibration.run import StepError, choose_in_training
 from lightning_qinit.calibration.widths import WIDTHS
 from lightning_qinit.checkpoint import STATE_KEY, differences, has_quantizers, saved_settings
 from lightning_qinit.checks import check, check_whole, is_number, shorten
@@ -32,6 +32,7 @@ from lightning_qinit.insertion import (
     named_quantizers,
     published_gradients,
     quantized_layers,
+    remove,
     separate_steps,
 )
 from lightning_qinit.monitoring import (
@@ -43,7 +44,7 @@ from lightning_qinit.monitoring import (
     make_row,
     tensorboard,
 )
-from lightning_qinit.monitoring.oscillation import Tracker, check_untransformed, damp
+from lightning_qinit.monitoring.oscillation import Tracker, check_movable, damp
 from lightning_qinit.monitoring.publish import publish_end_figures, publish_report, publish_start_figures, worst
 from lightning_qinit.quantizers import Quantizer
 from lightning_qinit.quantizers.fused import release_scratch
@@ -200,10 +201,10 @@ class QuantInitCallback(Callback):
         self._tracker: Tracker | None = None
         self._tracked: dict[str, Any] | None = None  # its state in the checkpoint that is resumed, or at the end
         self._aggregates: dict[str, float] = {}  # as published last
-        self._groups = 0  # of parameters, in all optimizers
+        self._settled: list[tuple[Optimizer, int]] = []  # the optimizers, and their numbers of groups
         self._followers: list[Follower] = []  # groups of steps whose learning rate no scheduler sets
         self._calibrates = False  # has still to calibrate in this fit
-        self._waits_for_batch = False  # has still to calibrate, on the first batch that training sees
+        self._waits: Literal["", "stream", "step"] = ""  # has still to calibrate when training begins, and why
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -220,10 +221,11 @@ class QuantInitCallback(Callback):
         self._check_before_loading(trainer, pl_module)
         self._calibrates = stage == "fit"
         if stage == "fit":  # what is known of an earlier fit, maybe of another module; a checkpoint brings it back
-            self.report, self._shown, self._tracked, self._waits_for_batch = [], [], None, False
+            self.report, self._shown, self._tracked, self._waits = [], [], None, ""
             self._aggregates = {}
         builds_late = _trainer.overrides(pl_module, "setup") or _trainer.overrides(pl_module, "configure_model")
         kernels: Kernels = "eager" if _trainer.is_dry_run(trainer) else self.kernels
+        before = quantized_layers(pl_module)
         self._insert(pl_module, kernels, complete=not builds_late)
         if not builds_late:
             return
@@ -233,7 +235,11 @@ class QuantInitCallback(Callback):
             # once is enough, and a copy of the module must not carry a function of the original
             vars(pl_module).pop("configure_model", None)
             configure_model()
-            self._insert(pl_module, kernels)
+            try:
+                self._insert(pl_module, kernels)
+            except MisconfigurationException:  # a pattern that matches none of the layers that there are now
+                remove(pl_module, keep=before)
+                raise
 
         # layers built in the module's own `setup` or `configure_model` do not exist yet
         vars(pl_module)["configure_model"] = configure_model_then_insert
@@ -244,10 +250,11 @@ class QuantInitCallback(Callback):
         untrained = self._settle_optimizers(trainer, pl_module)
         quantizers = list(named_quantizers(quantized_layers(pl_module)).values())
         if self.damp_oscillation or self.freeze_oscillating is not None:
-            check_untransformed(quantized_layers(pl_module))
+            check_movable(quantized_layers(pl_module))
         _trainer.clip_within(trainer, partial(published_gradients, quantizers))
         if _trainer.restores_late(trainer):
             return
+        self._stop_checking(trainer, pl_module)
         if untrained:
             rank_zero_warn(
                 f"No optimizer trains {shorten(untrained)}, so the steps of these layers stay as calibrated."
@@ -264,8 +271,7 @@ class QuantInitCallback(Callback):
         """Calibrate, if there was no sanity check; prepare logging."""
         self._calibrate(trainer, pl_module)
         self._publish(trainer, {})  # once more: the sanity check forgets all metrics, and so does a run that resumes
-        for module in (pl_module, *_trainer.averaged_modules(trainer)):  # copies made since `setup` hold it too
-            vars(module).pop("on_load_checkpoint", None)
+        self._stop_checking(trainer, pl_module)
         layers = quantized_layers(pl_module)
         self._quantizers = list(named_quantizers(layers).values())
         self._tracker = self._monitor = None
@@ -280,20 +286,23 @@ class QuantInitCallback(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Measure the batches of a logging step. Calibrate here on data that cannot be read ahead."""
+        """Measure the batches of a logging step. Calibrate, where it could not be done before.
+
+        On data that cannot be read ahead, and where the step needs what the module's hooks set up as training starts.
+        """
         if batch_idx % trainer.accumulate_grad_batches == 0:  # the optimizer may have stepped
             accumulates = trainer.accumulate_grad_batches > 1 and pl_module.automatic_optimization
             self._keep_weights(trainer, accumulates)
-        if self._groups != _count_groups(trainer):  # a layer was unfrozen
+        if self._settled != _count_groups(trainer):  # a layer was unfrozen
             self._settle_optimizers(trainer, pl_module)
         for follower in self._followers:
             follower.follow()
-        if self._waits_for_batch:
-            self._waits_for_batch = False
-            self._start(trainer, pl_module, batch)
+        if self._waits:
+            self._start(trainer, pl_module, *([batch] if self._waits == "stream" else []))
+            self._waits = ""
             if self._monitor is not None:
                 self._monitor.keep = frozenset(self._shown)
-        if self._monitor is not None and _trainer.is_logging_batch(trainer):
+        if self._monitor is not None and self._measures(trainer):
             self._monitor.open()
 
     @override
@@ -306,12 +315,12 @@ class QuantInitCallback(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Damp oscillations, if asked to."""
+        """Follow a learning rate that the step has set. Damp oscillations, if asked to."""
+        for follower in self._followers:
+            follower.follow()
         if self.damp_oscillation:
-            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            layers = quantized_layers(pl_module)
-            mine = {n: layer for n, layer in layers.items() if any(id(w) in held for w in layer.weights().values())}
-            damp(mine, self.damp_oscillation)
+            held = (p for group in optimizer.param_groups for p in group["params"])
+            damp(quantized_layers(pl_module), held, self.damp_oscillation)
 
     @override
     def on_train_batch_end(
@@ -321,13 +330,13 @@ class QuantInitCallback(Callback):
         if self._tracker is not None and _trainer.has_stepped(trainer):
             self._tracker.update()
         monitor = self._monitor
-        if monitor is None or not _trainer.is_logging_batch(trainer) or not _trainer.has_stepped(trainer):
+        if monitor is None or not self._measures(trainer) or not _trainer.has_stepped(trainer):
             return
         costly = monitor.is_costly
         values = monitor.close(lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum"))
         step = _trainer.logging_step(trainer)
         self._publish(trainer, values)
-        for logger in trainer.loggers:
+        for logger in trainer.loggers if _trainer.is_logging_batch(trainer) else ():
             logger.log_metrics(values, step=step)
         if costly:
             tensorboard.add_codes(tensorboard.writers(trainer), monitor, self._shown, step)
@@ -386,7 +395,7 @@ class QuantInitCallback(Callback):
             self._monitor.stop()
         self._monitor = self._tracker = None
         self._keep_weights(trainer, False)
-        self._quantizers, self._followers = [], []
+        self._quantizers, self._followers, self._settled = [], [], []
         release_scratch()
 
     @override
@@ -415,6 +424,8 @@ class QuantInitCallback(Callback):
         self._aggregates = dict(state_dict.get("aggregates", {}))
 
     def _start_evaluation(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            self._stop_checking(trainer, pl_module)
         self._quantizers = list(named_quantizers(quantized_layers(pl_module)).values())
         # elsewhere a quantizer would not see averaged weights that a step puts in and out by `weight.data`
         self._keep_weights(trainer, pl_module.device.type == "cpu")
@@ -431,7 +442,7 @@ class QuantInitCallback(Callback):
         untrained = adopt_steps(layers, trainer.optimizers)
         schedulers = _trainer.schedulers(trainer)
         self._followers += separate_steps(layers, trainer.optimizers, schedulers, self.step_lr_scale)
-        self._groups = _count_groups(trainer)
+        self._settled = _count_groups(trainer)
         return untrained
 
     def _refuse_other_settings(self, settings: Mapping[str, Any]) -> None:
@@ -475,6 +486,11 @@ class QuantInitCallback(Callback):
 
         vars(pl_module)["on_load_checkpoint"] = check_then_load
 
+    def _stop_checking(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The checkpoint is loaded, and a module that holds a local function cannot be pickled."""
+        for module in (pl_module, *_trainer.averaged_modules(trainer)):  # copies made since `setup` hold it too
+            vars(module).pop("on_load_checkpoint", None)
+
     def _insert(self, pl_module: LightningModule, kernels: Kernels, complete: bool = True) -> None:
         try:
             insert(pl_module, self.config, complete, kernels)
@@ -487,14 +503,17 @@ class QuantInitCallback(Callback):
         self._calibrates = False
         layers = quantized_layers(pl_module)
         if any(quantizer.is_calibrated for quantizer in named_quantizers(layers).values()):
-            # resumed, or fitted before; but layers that are new since then still have to be calibrated
+            # resumed, or fitted before; but layers that are new since then, or did not run, are calibrated now
             if trainer.ckpt_path is not None or not any(layer.awaits_calibration for layer in layers.values()):
                 return
         check_weights(layers)
         if _trainer.is_stream(trainer):
-            self._waits_for_batch = True
+            self._waits = "stream"
             return
-        self._start(trainer, pl_module)
+        try:
+            self._start(trainer, pl_module)
+        except StepError:  # tried once more where no hook of the module is still to come
+            self._waits = "step"
 
     def _start(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         """Choose all steps, set them, and report."""
@@ -504,28 +523,27 @@ class QuantInitCallback(Callback):
             rank_zero_warn("Calibration saw no training batch, so nothing is quantized.")
             return
         starts = [start for start in starts if not start.quantizer.is_calibrated]  # of an earlier fit
-        settle(layers, starts, statistics)
-        for copy in _trainer.averaged_modules(trainer):
-            copy_quantizers(pl_module, copy)
+        warn_nonfinite(seen)
+        if starts:
+            settle(starts, statistics)
+            for copy in _trainer.averaged_modules(trainer):
+                copy_quantizers(pl_module, copy)
         warn_blind(starts)
+        unseen = warn_unseen(layers, seen)
         if self.export is not None:
             check_calibrated(pl_module, self.export)
+        if not starts:
+            return
         self.report = [make_row(start) for start in starts]
         self._publish(trainer, aggregates([row.error for row in self.report]))
-        nonfinite = [name for name, sketch in seen.inputs.items() if sketch.nonfinite]
-        if nonfinite:
-            rank_zero_warn(f"Calibration met NaN or infinite values in {shorten(nonfinite)}; they were left out.")
-        served = {f"{name}.{what}" for name in seen.first_run for what in layers[name].optional_inputs}
-        unseen = [name for name, q in named_quantizers(layers).items() if not q.is_calibrated and name not in served]
-        if unseen:
-            rank_zero_warn(
-                f"Calibration saw no data for {shorten(unseen)}, which stay in float: their layers did not run, or "
-                "their weights are used without calling them. `skip` leaves such layers alone."
-            )
         self._shown = worst(self.report, self.log_figures)
         publish_report(trainer, self.report, unseen, float_parameters(pl_module), self.print_report)
         if self.quantities:
             publish_start_figures(trainer, pl_module, starts, seen, self._shown)
+
+    def _measures(self, trainer: Trainer) -> bool:
+        """On logging steps, and at once where others could not monitor the aggregates otherwise."""
+        return _trainer.is_logging_batch(trainer) or not self._aggregates
 
     def _publish(self, trainer: Trainer, values: dict[str, float]) -> None:
         """Let other callbacks monitor the aggregates."""
@@ -541,5 +559,5 @@ class QuantInitCallback(Callback):
             )
 
 
-def _count_groups(trainer: Trainer) -> int:
-    return sum(len(optimizer.param_groups) for optimizer in trainer.optimizers)
+def _count_groups(trainer: Trainer) -> list[tuple[Optimizer, int]]:
+    return [(optimizer, len(optimizer.param_groups)) for optimizer in trainer.optimizers]

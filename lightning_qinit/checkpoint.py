@@ -1,8 +1,10 @@
 """Checkpoints of quantized modules: what they were trained with, and how they are loaded."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 from lightning.pytorch import LightningModule
 
@@ -56,14 +58,16 @@ def load_from_checkpoint(module_class: type[T], checkpoint_path: str | Path, **k
         The module as it was trained, quantized.
     """
 
+    of_class = module_class.on_load_checkpoint
+
     def on_load_checkpoint(self: T, checkpoint: dict[str, Any]) -> None:
         restore(self, checkpoint)
-        module_class.on_load_checkpoint(self, checkpoint)
+        of_class(self, checkpoint)
 
-    restoring: Any = type(module_class.__name__, (module_class,), {"on_load_checkpoint": on_load_checkpoint})
-    module: T = restoring.load_from_checkpoint(checkpoint_path, **kwargs)
-    module.__class__ = module_class
-    return module
+    # Lightning calls the hook between building the module and loading its weights; a subclass would be registered where
+    # a module keeps a list of them
+    with patch.object(module_class, "on_load_checkpoint", on_load_checkpoint):
+        return module_class.load_from_checkpoint(checkpoint_path, **kwargs)
 
 
 def saved_settings(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -74,7 +78,8 @@ def saved_settings(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def has_quantizers(checkpoint: Mapping[str, Any]) -> bool:
     """Whether a checkpoint holds the state of quantizers."""
-    return any("weight_quantizer." in key or "input_quantizer." in key for key in checkpoint["state_dict"])
+    ours = re.compile(r"(^|\.)(weight|input)_quantizer\.(\w+\.)?relative_step$")
+    return any(ours.search(key) for key in checkpoint["state_dict"])
 
 
 def differences(settings: Mapping[str, Any], config: QuantConfig) -> list[str]:

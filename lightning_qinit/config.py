@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from lightning_qinit.checks import check_bits, check_flag, shorten
+from lightning_qinit.checks import check, check_bits, check_flag, shorten
 from lightning_qinit.choices import (
     InitializerChoice,
     QuantizerChoice,
@@ -113,16 +113,20 @@ class LayerConfig:
         argument, choice = self._choice(role, "initializer")
         if not isinstance(choice, str) or choice not in INITIALIZERS:
             return  # what a user's own function does with made-up data is its own affair
-        values = torch.tensor([[-1.0, 0.25, 0.5, 1.0]], dtype=torch.float64)
         try:
-            for levels in level_sets:
-                data = values if levels[0] < 0 else values.abs()
-                initialize(self.initializer_of(role), Sample.of_tensor(data), levels, quantizer.has_offset)
+            with torch.device("cpu"):  # also where modules are built on another, or without memory
+                values = torch.tensor([[-1.0, 0.25, 0.5, 1.0]], dtype=torch.float64)
+                for levels in level_sets:
+                    data = values if levels[0] < 0 else values.abs()
+                    initialize(self.initializer_of(role), Sample.of_tensor(data), levels, quantizer.has_offset)
         except ValueError as error:
             raise ValueError(
                 f"{source}`{argument}` = {choice!r} does not apply to {PLURAL[role]} with {bits} bits: {error} "
                 f"(`{role}_initializer` sets that of {PLURAL[role]} alone.)"
             ) from error
+
+
+SETTINGS = tuple(setting.name for setting in fields(LayerConfig) if setting.name != "own_bits")
 
 
 @dataclass(frozen=True)
@@ -142,13 +146,16 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         self.default.check()
-        if isinstance(self.skip, str):
-            raise ValueError(f"`skip` must be a sequence of glob patterns, got the string {self.skip!r}.")
+        listed = not isinstance(self.skip, str) and isinstance(self.skip, Iterable)
+        patterns = listed and all(isinstance(pattern, str) for pattern in self.skip)
+        check("skip", self.skip, patterns, "a sequence of glob patterns")
+        check(
+            "overrides", self.overrides, isinstance(self.overrides, Mapping), "a mapping of glob patterns to settings"
+        )
         for pattern, settings in self.overrides.items():
-            known = {setting.name for setting in fields(LayerConfig)} - {"own_bits"}
-            if not isinstance(settings, Mapping) or not known.issuperset(settings):
+            if not isinstance(settings, Mapping) or not set(SETTINGS).issuperset(settings):
                 raise ValueError(
-                    f"`overrides[{pattern!r}]` must map some of {sorted(known)} to values, got {settings!r}."
+                    f"`overrides[{pattern!r}]` must map some of {sorted(SETTINGS)} to values, got {settings!r}."
                 )
             replace(self.default, **settings)  # each value by itself; together they are checked layer by layer
 
@@ -198,8 +205,7 @@ class QuantConfig:
 
 def plain(config: QuantConfig) -> dict[str, Any]:
     """The settings as plain types, for checkpoints: classes and functions become names or import paths."""
-    names = [setting.name for setting in fields(LayerConfig) if setting.name != "own_bits"]
-    settings: dict[str, Any] = {name: plain_form(getattr(config.default, name)) for name in names}
+    settings = {name: plain_form(getattr(config.default, name)) for name in SETTINGS}
     settings["skip"] = list(config.skip)
     settings["overrides"] = {pattern: plain_form(values) for pattern, values in config.overrides.items()}
     return settings

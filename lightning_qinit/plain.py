@@ -13,9 +13,11 @@ from lightning_qinit.calibration import (
     settle,
     trained_norms,
     warn_blind,
+    warn_nonfinite,
+    warn_unseen,
 )
 from lightning_qinit.calibration.config import CalibrationConfig
-from lightning_qinit.config import LayerConfig, QuantConfig
+from lightning_qinit.config import SETTINGS, LayerConfig, QuantConfig
 from lightning_qinit.insertion import insert, quantized_layers
 from lightning_qinit.monitoring import ReportRow, make_row
 from lightning_qinit.quantizers.kernels import Kernels, check_kernels
@@ -28,7 +30,10 @@ def prepare(
     kernels: Kernels = "auto",
     **settings: Any,
 ) -> nn.Module:
-    """Insert quantizers into a module, in place. Build the optimizer afterwards, so that it trains the steps.
+    """Insert quantizers into a module, in place.
+
+    Build the optimizer afterwards, so that it trains the steps: the parameters named ``relative_step`` and
+    ``relative_offset``, which weight decay would pull to where it has no meaning.
 
     Args:
         module: any module.
@@ -47,6 +52,9 @@ def prepare(
         ValueError: if a setting is out of range, a pattern matches no layer, or there is nothing to quantize.
     """
     check_kernels(kernels)
+    unknown = sorted(settings.keys() - set(SETTINGS))
+    if unknown:
+        raise ValueError(f"`prepare` has no settings {unknown}; those of layers are {sorted(SETTINGS)}.")
     config = QuantConfig(LayerConfig(**settings), skip=skip, overrides=overrides or {})
     insert(module, config, kernels=kernels)
     return module
@@ -77,8 +85,8 @@ def calibrate(
         recalibrate_batchnorm: as there.
 
     Returns:
-        A row per quantizer: its step, its error and what other initializers would have cost. Layers that did not run
-        have none and stay in float.
+        A row per quantizer: its step, its error and what other initializers would have cost. Layers that did not run,
+        and inputs without a finite value, have none and stay in float, with a warning.
 
     Raises:
         ValueError: if the module has no quantizers, no batch runs them, or ``"fisher"`` finds no loss.
@@ -105,8 +113,10 @@ def calibrate(
         starts, seen, statistics = Passes(batches, run, "step").choose(layers, config, norms)
     if not seen.first_run:
         raise ValueError("`batches` must hold at least one batch that runs a quantized layer, got none.")
-    settle(layers, starts, statistics)
+    settle(starts, statistics)
     warn_blind(starts)
+    warn_nonfinite(seen)
+    warn_unseen(layers, seen)
     return [make_row(start) for start in starts]
 
 

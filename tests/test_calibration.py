@@ -563,6 +563,25 @@ class TestBadInput:
         with pytest.raises(ValueError, match="`criterion` = 'fisher' needs a `step` that returns the loss, got None"):
             calibrate(model, [x], criterion="fisher")
         assert not model[0].weight_quantizer.is_calibrated
+        with pytest.warns(UserWarning) as warned:
+            rows = calibrate(model, [torch.full((3, 4), torch.nan)])
+        assert [row.name for row in rows] == ["0.weight"]
+        assert "Calibration met NaN or infinite values in 0.input" in str(warned[0].message)
+        assert "Calibration saw no data for 0.input, which stay in float" in str(warned[1].message)
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"skip": 3}, "`skip` must be a sequence of glob patterns, got 3"),
+            ({"skip": [3]}, r"`skip` must be a sequence of glob patterns, got \[3\]"),
+            ({"overrides": ["0"]}, r"`overrides` must be a mapping of glob patterns to settings, got \['0'\]"),
+            ({"weight_bit": 4}, r"`prepare` has no settings \['weight_bit'\]; those of layers are"),
+            ({"own_bits": ("weight",)}, r"`prepare` has no settings \['own_bits'\]"),
+        ],
+    )
+    def test_settings_of_the_plain_interface(self, settings: dict, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            prepare(nn.Sequential(nn.Linear(4, 4)), **settings)
 
     def test_average_bits_of_a_quantizer_with_one_width(self) -> None:
         callback = {"weight_bits": 2, "first_last_bits": None, "average_bits": 3.0}

@@ -266,6 +266,32 @@ def test_batchnorm_stays_where_no_kernel_would_be_won_and_the_bias_lost(tmp_path
     assert differs.double().mean() < 1e-3
 
 
+@pytest.mark.parametrize("gain", [0.0, 1e-6])
+def test_batchnorm_stays_where_a_channel_has_no_gain(gain: float, tmp_path: Path):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(4, 3, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 1))
+    x = torch.randn(16, 4, 8, 8)
+    module.train()(x)
+    module[1].weight.data[0], module[1].bias.data[:] = gain, torch.tensor([1.0, 0.1, 0.1])
+    prepare(module.eval(), weight_bits=8, activation_bits=8)
+    calibrate(module, [x])
+    export_onnx(module, x, tmp_path / "model.onnx", batchnorm=True)
+    actual, expected = run(tmp_path / "model.onnx", x, optimized=True), module(x).detach()
+    assert (actual - expected).abs().max() < 0.02 * expected.abs().max()  # 0.33 where the channel's constant is lost
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_only_float32_is_exported(dtype: torch.dtype, tmp_path: Path):
+    _, module, x = case("small-net")
+    with pytest.raises(ValueError, match="The layer 'stem' is in b?float.., and ONNX export takes modules in float32"):
+        export_onnx(module.to(dtype), x.to(dtype), tmp_path / "model.onnx")
+    precision = {torch.bfloat16: "bf16-true", torch.float64: "64-true"}[dtype]
+    callback = QuantInitCallback(export=str(tmp_path / "model.onnx"), print_report=False)
+    with pytest.raises(ValueError, match="The layer 'stem' is in"):
+        trainer(tmp_path, callback, precision=precision, max_epochs=1).fit(WithExample(), loader())
+    assert not (tmp_path / "model.onnx").exists()
+
+
 @pytest.fixture
 def count_flips(monkeypatch: pytest.MonkeyPatch) -> Callable:
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples" / "benchmarks")

@@ -219,6 +219,16 @@ def test_follows_the_scale_of_the_data_and_ignores_its_order(seed: int, exponent
     assert float(optimal_scale(x[torch.randperm(64)], levels).scale) == pytest.approx(float(fit.scale), rel=1e-12)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_unit_of_the_weights_does_not_matter(bits: int) -> None:
+    x, weights = torch.randn(8, 600) / torch.randn(8, 600), torch.rand(8, 600, dtype=torch.float64)
+    levels = uniform_levels(bits, signed=True)
+    fit = optimal_scale(x, levels, 0, weights)
+    for unit in (2.0**-126, 2.0**-133, 2.0**-140, 2.0**-149, 2.0**200):  # some are beyond float32
+        same = optimal_scale(x, levels, 0, weights * unit)
+        assert torch.equal(same.scale, fit.scale) and torch.equal(same.error, fit.error * unit)
+
+
 def test_of_equal_optima_the_larger_step() -> None:
     for value in (0.3, 5.0, 1e-20):  # every step value / k is lossless
         for n in (1, 1000, 3_000_000):
@@ -231,6 +241,9 @@ def test_degenerate_data_has_a_step() -> None:
     for x in (torch.zeros(5), torch.empty(0), -torch.rand(5)):
         assert optimal_scale(x, levels).scale == 1
     assert optimal_scale(torch.zeros(3, 4), levels, channel_axis=0).scale.tolist() == [1, 1, 1]
+    assert optimal_scale(torch.zeros(0, 4), levels, channel_axis=0).scale.tolist() == []
+    tiny = torch.tensor([3.0, 5.0, 15.0], dtype=torch.float64) * 2.0**-1074  # whose inverse is no number
+    assert float(optimal_scale(tiny, levels).scale) == 2.0**-1074
 
 
 def test_dtypes_and_devices_of_the_answer() -> None:

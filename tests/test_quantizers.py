@@ -11,8 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_qinit import calibrate, prepare
 from lightning_qinit.functional import fake_quantize, uniform_range
 from lightning_qinit.functional.levels import apot_levels
 from lightning_qinit.functional.sample import Sample
@@ -395,6 +396,39 @@ def test_lsq_against_torch_where_conventions_agree(bits: int, signed: bool) -> N
     assert torch.equal(quantizer(x).detach(), out.detach())
     assert torch.equal(x.grad, twin.grad)
     assert step_gradient(quantizer) == pytest.approx(float(scale.grad) / (len(v) * high) ** 0.5, rel=1e-4)
+
+
+def test_fake_quantize_of_numbers_that_are_none_and_steps_that_are_none() -> None:
+    x = torch.tensor([torch.nan, torch.inf, 0.3])
+    for levels, last in ((torch.tensor([-1.0, 0, 1]), 0.0), (torch.tensor([-1.0, 0, 0.4, 1]), 0.4)):
+        assert torch.equal(fake_quantize(x, 1.0, levels).nan_to_num(9.0), torch.tensor([9.0, 1.0, last]))
+        for step in (0.0, -1.0, torch.nan):
+            with pytest.raises(ValueError, match="`scale` must be positive, got"):
+                fake_quantize(x, step, levels)
+        with pytest.raises(ValueError, match="`x` must be floating-point, got torch.int64"):
+            fake_quantize(torch.arange(3), 1.0, levels)
+    with pytest.raises(ValueError, match="`bits` must be a whole number of at least 1, got 0"):
+        uniform_range(0, True)
+    with pytest.raises(ValueError, match="`bits` must be a whole number from 2 to 8, got 1"):
+        apot_levels(1, True)
+
+
+def test_quantizers_are_made_where_the_default_device_has_no_values() -> None:
+    with torch.device("meta"):
+        codebook = {"name": "codebook", "levels": [-1, 0, 2]}
+        model = prepare(nn.Sequential(nn.Linear(4, 4)), weight_bits=2, weight_quantizer=codebook, first_last_bits=None)
+    assert model[0].weight_quantizer.initial_step.is_meta and model[0].weight_quantizer.levels.device.type == "cpu"
+
+
+def test_a_step_beyond_what_float32_has_room_for_is_reported_as_it_is_used() -> None:
+    model = prepare(nn.Sequential(nn.Linear(4, 4)), first_last_bits=None)
+    x = torch.randn(64, 4) * 1e37
+    row = calibrate(model, [x])[1]
+    assert row.step == float(model[0].input_quantizer.step.detach()) == 2.0**100 and row.note.startswith(
+        "beyond the steps"
+    )
+    used = model[0].input_quantizer(x).detach().double()
+    assert row.error == pytest.approx(float((used - x).square().sum() / x.double().square().sum()), rel=1e-6)
 
 
 def test_forward_equals_torch_fake_quantize_ties_included() -> None:

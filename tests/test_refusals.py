@@ -91,11 +91,10 @@ class TestBadInput:
                 return SmallNet.training_step(self, batch, batch_idx)
 
         model = Fails()
-        before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+        before = copy.deepcopy(model.state_dict())
         with pytest.raises(RuntimeError, match="`Fails.training_step` raised KeyError on calibration batch 1"):
             make_trainer(quiet()).fit(model, loader(shuffle=False))
         assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
-        assert torch.equal(torch.get_rng_state(), state)
         assert model.training and model.outputs == {"loss": [], "seen": 0}
         assert not any(q.is_calibrated for q in quantizers(model).values())
 

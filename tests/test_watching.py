@@ -253,7 +253,7 @@ def test_damping_is_the_gradient_of_the_term_in_the_paper() -> None:
     calibrate(model, [torch.randn(5, 40)])
     model(torch.randn(5, 40)).square().sum().backward()
     before = model[0].weight.grad.clone()
-    damp(quantized_layers(model), 0.5)
+    damp(quantized_layers(model), model.parameters(), 0.5)
     quantizer = model[0].weight_quantizer
     step = quantizer.step.detach()[:, None]
     weight = model[0].weight.detach().clone().requires_grad_()

@@ -12,3 +12,5 @@ from lightning_qinit.calibration.restore import restored as restored
 from lightning_qinit.calibration.sketch import Sketch as Sketch
 from lightning_qinit.calibration.start import Start as Start
 from lightning_qinit.calibration.start import warn_blind as warn_blind
+from lightning_qinit.calibration.start import warn_nonfinite as warn_nonfinite
+from lightning_qinit.calibration.start import warn_unseen as warn_unseen

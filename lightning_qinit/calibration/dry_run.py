@@ -1,7 +1,7 @@
 """Run a LightningModule's training step without a trace."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ def dry_run(trainer: Trainer, module: LightningModule) -> Iterator[list[Tensor]]
 
     Modules are in :func:`calibration_mode` and gradients are off. What the step logs goes nowhere, optimizers and
     schedulers do not step. Afterwards every parameter, buffer, attribute and container of the modules (metric states
-    and lists of outputs among them) and every random state is as before, also if the step raised. A module may define
-    ``calibration_step(batch, batch_idx)`` to be run instead.
+    and lists of outputs among them), every setting of the optimizers, every random state and whether the trainer is to
+    stop are as before, also if the step raised. A module may define ``calibration_step(batch, batch_idx)`` to be run
+    instead.
 
     Gives the list that losses passed to ``manual_backward`` are added to.
     """
@@ -29,14 +30,34 @@ def dry_run(trainer: Trainer, module: LightningModule) -> Iterator[list[Tensor]]
         stack.enter_context(isolate_rng())
         stack.enter_context(restored(module))
         losses: list[Tensor] = []
-        stack.enter_context(_silenced(trainer, module, losses))
+        stack.enter_context(_silent(trainer))
+        for child in module.modules():
+            if isinstance(child, LightningModule):  # one inside another may optimize by hand as well
+                stack.enter_context(_idle(child, losses))
+        if callable(step := getattr(module, "calibration_step", None)):
+            stack.enter_context(_replaced(module, {"training_step": step}))
         stack.enter_context(torch.no_grad())
         calibration_mode(module)
         yield losses
 
 
 @contextmanager
-def _silenced(trainer: Trainer, module: LightningModule, losses: list[Tensor]) -> Iterator[None]:
+def _silent(trainer: Trainer) -> Iterator[None]:
+    """Nothing is logged, and a step that asks to stop, or sets a learning rate, does not do so to the run."""
+    loggers, should_stop = trainer.loggers, trainer.should_stop
+    groups = [(group, dict(group)) for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    trainer.loggers = [DummyLogger() for _ in loggers]
+    try:
+        yield
+    finally:
+        trainer.loggers, trainer.should_stop = loggers, should_stop
+        for group, settings in groups:
+            group.update(settings)
+
+
+def _idle(module: LightningModule, losses: list[Tensor]) -> AbstractContextManager[None]:
+    """A module whose logs and optimizers do nothing."""
+
     def nothing(*args: Any, **kwargs: Any) -> None:
         return None
 
@@ -47,19 +68,19 @@ def _silenced(trainer: Trainer, module: LightningModule, losses: list[Tensor]) -
     optimizers, lr_schedulers = module.optimizers, module.lr_schedulers
     idle["optimizers"] = lambda *args, **kwargs: _each(optimizers(*args, **kwargs), _Idle)
     idle["lr_schedulers"] = lambda: _each(lr_schedulers(), _Idle)
-    if callable(step := getattr(module, "calibration_step", None)):
-        idle["training_step"] = step
-    loggers = trainer.loggers
-    trainer.loggers = [DummyLogger() for _ in loggers]
-    before = {name: vars(module)[name] for name in idle if name in vars(module)}
-    vars(module).update(idle)
+    return _replaced(module, idle)
+
+
+@contextmanager
+def _replaced(module: LightningModule, methods: dict[str, Any]) -> Iterator[None]:
+    before = {name: vars(module)[name] for name in methods if name in vars(module)}
+    vars(module).update(methods)
     try:
         yield
     finally:
-        for name in idle:
+        for name in methods:
             vars(module).pop(name, None)
         vars(module).update(before)
-        trainer.loggers = loggers
 
 
 def _each(one_or_many: Any, function: Callable[[Any], Any]) -> Any:

@@ -58,13 +58,11 @@ def choose(
     return starts, observation
 
 
-def settle(layers: Mapping[str, QuantizedLayer], starts: Iterable[Start], statistics: Statistics) -> None:
+def settle(starts: Iterable[Start], statistics: Statistics) -> None:
     """Put what was chosen into the module."""
     for start in starts:
         start.apply()
     set_statistics(statistics)
-    for layer in layers.values():
-        layer.had_calibration = True
 
 
 def check_weights(layers: Mapping[str, QuantizedLayer]) -> None:

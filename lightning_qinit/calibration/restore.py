@@ -1,10 +1,12 @@
 """Put a module back as it was, whatever ran in between."""
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -14,16 +16,14 @@ from lightning_qinit.generators import is_generator, keep_generator
 Restore = Callable[[], object]
 
 
+CONTAINERS: tuple[type, ...] = (OrderedDict, dict, list, deque, set)
+
+
 @contextmanager
 def restored(module: nn.Module) -> Iterator[None]:
-    """Afterwards every parameter, buffer, attribute and builtin container of a module and all below it is as before."""
-    restores: list[Restore] = []
+    """Afterwards every parameter, buffer, attribute and container of a module and all below it is as before."""
     seen: set[int] = set()
-    for child in module.modules():
-        restores.append(_keep_attributes(child, seen))
-        for tensor in (*child._parameters.values(), *child._buffers.values()):
-            if tensor is not None:
-                restores.append(_keep_tensor(tensor, seen))
+    restores = [_keep(child, seen) for child in module.modules()]
     try:
         yield
     finally:
@@ -34,9 +34,30 @@ def restored(module: nn.Module) -> Iterator[None]:
             restore()
 
 
-def _keep_attributes(module: nn.Module, seen: set[int]) -> Restore:
+def _keep(value: Any, seen: set[int]) -> Restore:
+    """Remember what is in modules and containers, and in those within them, in tensors, arrays and generators."""
+    if isinstance(value, Tensor):
+        return _keep_tensor(value, seen)
+    if is_generator(value):
+        return keep_generator(value)
+    if id(value) in seen:
+        return _nothing
+    if isinstance(value, nn.Module):
+        seen.add(id(value))
+        return _keep_module(value, seen)
+    if isinstance(value, np.ndarray) and value.flags.writeable:
+        return partial(np.copyto, value, value.copy())
+    kind = next((kind for kind in CONTAINERS if isinstance(value, kind)), None)
+    if kind is None:
+        return _nothing
+    seen.add(id(value))
+    return _keep_container(value, kind, seen)
+
+
+def _keep_module(module: nn.Module, seen: set[int]) -> Restore:
     attributes = dict(vars(module))
-    inner = [_keep(value, seen) for value in attributes.values()]
+    tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+    inner = [_keep(value, seen) for value in (*attributes.values(), *tensors)]
 
     def restore() -> None:
         now = vars(module)
@@ -49,27 +70,18 @@ def _keep_attributes(module: nn.Module, seen: set[int]) -> Restore:
     return restore
 
 
-def _keep(value: Any, seen: set[int]) -> Restore:
-    """Remember the contents of builtin containers, and those within them, and of tensors and random generators."""
-    if isinstance(value, Tensor):
-        return _keep_tensor(value, seen)
-    if is_generator(value):
-        return keep_generator(value)
-    if type(value).__module__ not in ("builtins", "collections") or id(value) in seen:
-        return _nothing
-    if not isinstance(value, (list, deque, dict, set)):
-        return _nothing
-    seen.add(id(value))
-    copy = value.copy()
-    members = list(copy.values()) if isinstance(copy, dict) else list(copy)
+def _keep_container(value: Any, kind: Any, seen: set[int]) -> Restore:
+    # by the methods of the builtin type: a class of its own may do more, or refuse
+    copy = kind(value) if kind is not OrderedDict else list(OrderedDict.items(value))
+    members = dict(copy).values() if issubclass(kind, dict) else copy
     inner = [_keep(member, seen) for member in members if not isinstance(member, Tensor)]
 
     def restore() -> None:
-        value.clear()
-        if isinstance(value, (list, deque)):
-            value.extend(copy)
+        kind.clear(value)
+        if kind in (list, deque):
+            kind.extend(value, copy)
         else:
-            value.update(copy)
+            kind.update(value, copy)
         for restore_member in inner:
             restore_member()
 

@@ -26,6 +26,10 @@ from lightning_qinit.insertion import QuantizedLayer
 NOTHING: Any = object()
 
 
+class StepError(RuntimeError):
+    """The module's step raised in calibration, on this rank or on another."""
+
+
 def choose_in_training(
     trainer: Trainer,
     module: LightningModule,
@@ -45,7 +49,7 @@ def choose_in_training(
     Raises:
         MisconfigurationException: if ``training_step`` takes the loader's iterator and there is no
             ``calibration_step``.
-        RuntimeError: if the step raised; the module is as before then.
+        StepError: if the step raised, on all ranks; the module is as before then.
     """
     if pulls_batches_itself(module) and not hasattr(module, "calibration_step"):
         raise MisconfigurationException(
@@ -63,6 +67,7 @@ def choose_in_training(
 
         passes = Passes(batches, step, _step_name(module), lambda some, seen: _over_ranks(trainer, some, seen))
         starts, seen, statistics = passes.choose(layers, config, norms)
+        _agree(trainer, _step_name(module))
         if trainer.world_size > 1:  # the same already but for rounding; exactly the same from here on
             strategy = trainer.strategy
             chosen = strategy.broadcast([start.chosen() for start in starts])
@@ -94,11 +99,18 @@ def _step(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int)
     try:
         return run_step(trainer, batch, batch_idx)
     except Exception as error:
-        raise RuntimeError(
+        trainer.strategy.reduce_boolean_decision(False)
+        raise StepError(
             f"`{_step_name(module)}` raised {type(error).__name__} on calibration batch {batch_idx}: "
             f"{error} (It runs without gradients and in eval mode; where it cannot, define "
             "`calibration_step(batch, batch_idx)`, which calls the layers and computes no loss.)"
         ) from error
+
+
+def _agree(trainer: Trainer, step: str) -> None:
+    """Wait for all ranks; one whose step raised is not going to take part in what comes next."""
+    if not trainer.strategy.reduce_boolean_decision(True):
+        raise StepError(f"`{step}` raised on another rank in calibration.")
 
 
 def _step_name(module: LightningModule) -> str:
@@ -110,6 +122,7 @@ def _over_ranks(trainer: Trainer, layers: Mapping[str, QuantizedLayer], observat
     if trainer.world_size == 1:
         return observation
     strategy = trainer.strategy
+    _agree(trainer, _step_name(trainer.lightning_module))
     order = strategy.broadcast((observation.first_run, observation.last_run))
     observation.first_run, observation.last_run = order
     for name, layer in layers.items():  # a rank that did not run a layer still takes part in its sum

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from lightning_qinit.calibration.data import CalibrationData
 from lightning_qinit.calibration.measure import Measures, measure
+from lightning_qinit.calibration.observe import Observation
 from lightning_qinit.checks import shorten
 from lightning_qinit.initializers import initialize
 from lightning_qinit.initializers.optimal import optimal
-from lightning_qinit.insertion import named_quantizers
+from lightning_qinit.insertion import QuantizedLayer, named_quantizers
 from lightning_qinit.quantizers import Quantizer
 
 
@@ -103,3 +104,22 @@ def warn_blind(starts: list[Start]) -> None:
             f"Calibration saw only zeros in {shorten(blind)}: their steps start from the size that trained weights "
             "(1 / sqrt(inputs per output)) or inputs (1) usually have."
         )
+
+
+def warn_nonfinite(seen: Observation) -> None:
+    """Say once which inputs held values that no step can be chosen for."""
+    nonfinite = [name for name, sketch in seen.inputs.items() if sketch.nonfinite]
+    if nonfinite:
+        rank_zero_warn(f"Calibration met NaN or infinite values in {shorten(nonfinite)}; they were left out.")
+
+
+def warn_unseen(layers: Mapping[str, QuantizedLayer], seen: Observation) -> list[str]:
+    """Say once which quantizers stay in float, and return their names."""
+    served = {f"{name}.{what}" for name in seen.first_run for what in layers[name].optional_inputs}
+    unseen = [name for name, q in named_quantizers(layers).items() if not q.is_calibrated and name not in served]
+    if unseen:
+        rank_zero_warn(
+            f"Calibration saw no data for {shorten(unseen)}, which stay in float: their layers did not run, or "
+            "their weights are used without calling them. `skip` leaves such layers alone."
+        )
+    return unseen

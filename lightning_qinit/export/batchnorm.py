@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+MOST = 2**30  # of a bias in units of both steps: runtimes store it as a 32-bit integer
+
 
 def fold_batchnorm(model: Any) -> None:
     """Fold BatchNormalization into the steps and the bias of convolutions of 8-bit codes, in place.
@@ -11,7 +13,8 @@ def fold_batchnorm(model: Any) -> None:
     The codes stay: ``(w * codes) * x`` followed by ``g * (. - m) + b`` is a convolution of the same codes with the step
     ``w * g`` and the bias ``b - g * m``. Runtimes with integer kernels look for nothing between the convolution and the
     quantizer after it. They round the bias to a multiple of the product of both steps, which is little at 8 bits only;
-    for fewer there are no kernels, but onnxruntime rounds the bias all the same, so BatchNorm stays there.
+    for fewer there are no kernels, but onnxruntime rounds the bias all the same, so BatchNorm stays there, as it does
+    where a multiple would need more than 32 bits.
 
     Args:
         model: an ``onnx_ir.Model``. What it no longer uses stays among its initializers.
@@ -30,7 +33,10 @@ def fold_batchnorm(model: Any) -> None:
             continue
         gain, shift, mean, variance = constants
         factor = gain / np.sqrt(variance + norm.attributes["epsilon"].as_float())
-        scale, offset = _initializers(model, norm.name, step * factor, shift + (bias - mean) * factor)
+        steps, moved = step * factor, shift + (bias - mean) * factor
+        if not (np.abs(moved) < MOST * _input_step(conv.inputs[0]) * np.abs(steps)).all():
+            continue  # a channel whose gain is next to nothing
+        scale, offset = _initializers(model, norm.name, steps, moved)
         _replace(model, weight, scale, conv, norm, offset)
 
 
@@ -42,6 +48,12 @@ def _bytes(value: Any) -> bool:
     if producer is None or producer.op_type == "QuantizeLinear":
         return value.dtype in (ir.DataType.INT8, ir.DataType.UINT8)
     return producer.op_type in ("DequantizeLinear", "MaxPool", "Relu") and _bytes(producer.inputs[0])
+
+
+def _input_step(value: Any) -> Any:
+    """The step of the codes that an input comes from."""
+    node = value.producer()
+    return _constant(node.inputs[1]) if node.op_type == "DequantizeLinear" else _input_step(node.inputs[0])
 
 
 def _constant(value: Any) -> Any:

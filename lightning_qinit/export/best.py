@@ -13,7 +13,7 @@ from lightning_qinit import _trainer
 from lightning_qinit.export.extra import require
 from lightning_qinit.export.fold import check_foldable
 from lightning_qinit.export.integers import save_integers
-from lightning_qinit.export.onnx import check_inputs, export_onnx
+from lightning_qinit.export.onnx import check_float32, check_inputs, export_onnx
 from lightning_qinit.export.operators import translations
 
 
@@ -46,6 +46,7 @@ def check_calibrated(module: LightningModule, path: Path) -> None:
     check_foldable(module)
     if path.suffix == ".onnx":
         check_inputs(module)
+        check_float32(module)
 
 
 def export_best(trainer: Trainer, module: LightningModule, path: Path) -> None:

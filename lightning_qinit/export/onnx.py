@@ -53,7 +53,8 @@ def export_onnx(
 
     Args:
         module: a calibrated module in float32; it is not changed.
-        sample: what the module is called with: a tensor, a tuple of arguments, or a mapping of keyword arguments.
+        sample: what the module is called with: a tensor, a tuple or list of arguments, or a mapping of keyword
+            arguments.
         path: where to write.
         batchnorm: fold BatchNorm into the steps and the bias of the convolution before it, where the codes of input and
             weight have 8 bits. This changes outputs by float rounding only and lets runtimes with integer kernels use
@@ -64,13 +65,15 @@ def export_onnx(
         What rounding the offsets changed.
 
     Raises:
-        ValueError: if no quantizer is calibrated, or a layer cannot be exported. Nothing is written then.
+        ValueError: if no quantizer is calibrated, the module is not in float32, or a layer cannot be exported. Nothing
+            is written then.
         ModuleNotFoundError: without the packages of the extra ``export``.
     """
     check_foldable(module)
     check_inputs(module)
+    check_float32(module)
     table = translations()
-    args = () if isinstance(sample, Mapping) else sample if isinstance(sample, tuple) else (sample,)
+    args = () if isinstance(sample, Mapping) else tuple(sample) if isinstance(sample, (tuple, list)) else (sample,)
     kwargs = dict(sample) if isinstance(sample, Mapping) else {}
     exported = copy.deepcopy(module).eval()
     zero_points, change = snap_offsets(exported), 0.0
@@ -91,6 +94,17 @@ def export_onnx(
         node.metadata_props.clear()  # stack traces, longer than the graph and full of local paths
     program.save(path)
     return OnnxReport(zero_points, change)
+
+
+def check_float32(module: nn.Module) -> None:
+    """Raise ``ValueError``, naming the layer, if a weight is not in float32: the steps in the graph are."""
+    for name, layer in quantized_layers(module).items():
+        for weight in layer.weights().values():
+            if weight.dtype != torch.float32:
+                raise ValueError(
+                    f"The layer {name!r} is in {str(weight.dtype).removeprefix('torch.')}, and ONNX export takes "
+                    "modules in float32: use `module.float()`, or a Trainer with another `precision`."
+                )
 
 
 def check_inputs(module: nn.Module) -> None:

@@ -25,6 +25,9 @@ class Errors:
     """Errors of rows, in float32."""
 
     def __init__(self, rows: Rows, levels: Tensor) -> None:
+        if rows.mean is None and not alike(rows.w):  # their unit does not matter, but float32 holds few
+            exponent = torch.frexp(rows.w.amax(1, keepdim=True)).exponent
+            rows = rows._replace(w=torch.ldexp(rows.w, -exponent))
         w = rows.w[:1, :1].float().expand_as(rows.w) if alike(rows.w) else rows.w.float()
         self.rows = Rows(rows.x.float(), w, None if rows.mean is None else rows.mean.float(), rows.output)
         self.levels, self.run = levels.float(), is_run(levels)

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from lightning_qinit.functional.levels import check_levels, thresholds
+from lightning_qinit.functional.levels import check_levels, is_run, thresholds
 
 
 def broadcast_channels(values: Tensor, x: Tensor, channel_axis: int | None) -> Tensor:
     """Shape one value per channel, ``(channels,)`` or ``(1,)``, so that it broadcasts against ``x``, axis by axis."""
     shape = [1] * x.dim()
-    if channel_axis is not None and values.numel() > 1:
+    if channel_axis is not None:
         shape[channel_axis] = -1
     return values.reshape(shape)
 
@@ -27,6 +27,9 @@ def fake_quantize(x: Tensor, scale: Tensor | float, levels: Tensor, channel_axis
         levels: the level values at step 1, 1-D and strictly increasing.
         channel_axis: the axis of ``x`` along which ``scale`` runs; ``None`` for one step.
 
+    Raises:
+        ValueError: if ``x`` is not floating-point, ``scale`` not positive, or ``levels`` no level set.
+
     Example:
         >>> from lightning_qinit.functional import fake_quantize, uniform_levels
         >>> fake_quantize(torch.tensor([-9.0, 0.2, 0.3, 2.6]), 0.5, uniform_levels(bits=3, signed=True))
@@ -34,9 +37,13 @@ def fake_quantize(x: Tensor, scale: Tensor | float, levels: Tensor, channel_axis
     """
     levels = check_levels(levels).to(x.device)
     scale = broadcast_channels(torch.as_tensor(scale, dtype=torch.float64, device=x.device), x, channel_axis)
+    if not x.is_floating_point():
+        raise ValueError(f"`x` must be floating-point, got {x.dtype}.")
+    if not (scale > 0).all():
+        raise ValueError(f"`scale` must be positive, got {float(scale.min())}.")
     v = x.to(torch.float64) / scale
-    if bool((levels.diff() == 1).all()) and bool(levels[0] == levels[0].round()):
+    if is_run(levels):
         code = v.round().clamp(levels[0], levels[-1])
     else:
-        code = levels[torch.bucketize(v, thresholds(levels), right=True)]
+        code = torch.where(v == v, levels[torch.bucketize(v, thresholds(levels), right=True)], v)
     return (code * scale).to(x.dtype)

@@ -95,7 +95,8 @@ def optimal_scale(
 def solve_rows(rows: Rows, levels: Tensor) -> OptimalScale:
     """:func:`optimal_scale` on checked float64 rows; the result is ``(rows,)``."""
     group = max(1, at_once(ROW_ELEMENTS, rows.x) // max(1, rows.x.shape[1]))
-    parts = [_solve(rows.take(slice(first, first + group)), levels) for first in range(0, len(rows.x), group)]
+    starts = range(0, max(1, len(rows.x)), group)
+    parts = [_solve(rows.take(slice(first, first + group)), levels) for first in starts]
     scale, error, lower, upper = (torch.cat(part) for part in zip(*parts, strict=True))
     return OptimalScale(scale, error, levels, lower, upper)
 
@@ -105,7 +106,8 @@ def to_rows(x: Tensor, channel_axis: int | None) -> Tensor:
     x = x.detach().to(torch.float64)
     if channel_axis is None:
         return x.reshape(1, -1)
-    return x.movedim(channel_axis, 0).reshape(x.shape[channel_axis], -1).contiguous()
+    channels = x.shape[channel_axis]
+    return x.movedim(channel_axis, 0).reshape(channels, x.numel() // max(1, channels)).contiguous()
 
 
 def _solve(rows: Rows, levels: Tensor) -> tuple[Tensor, ...]:
@@ -115,7 +117,7 @@ def _solve(rows: Rows, levels: Tensor) -> tuple[Tensor, ...]:
         one = x.new_ones(len(x))
         return one, 0 * one, 0 * one, one / 0
     low, high = x.amin(1), x.amax(1)
-    exponent = torch.frexp(torch.maximum(-low, high)).exponent
+    exponent = torch.frexp(torch.maximum(-low, high)).exponent.clamp(min=-1000)  # its inverse must be a number
     unit = rows._replace(x=x * torch.ldexp(x.new_ones(len(x)), -exponent)[:, None])  # exact, and keeps squares in range
     bracket = outer_bracket(unit.x, levels)
     if unit.mean is not None:

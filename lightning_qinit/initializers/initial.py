@@ -7,6 +7,8 @@ from torch import Tensor
 
 from lightning_qinit.functional.sample import Sample
 
+EXTREME = 2.0**100  # float32 keeps a few octaves free on both sides, so that x / step and the bounds stay finite
+
 
 class Initial(NamedTuple):
     """Where a quantizer starts.
@@ -36,13 +38,16 @@ def usable(chosen: Tensor | Initial, sample: Sample, fallback: float = 1.0) -> I
 
     A group that has no nonzero value (an all-zero channel), or for which the initializer gave a step that is zero,
     negative or not finite, takes the largest step of the other groups, and ``fallback`` if there is none; its offset
-    is 0.
+    is 0. Steps stay within ``2^-100`` and ``2^100``.
     """
     initial = Initial.of(chosen)
     step, offset = initial.step, initial.offset
     good = step.isfinite() & (step > 0) & (sample.energy > 0)
+    bounded = step.clamp(1 / EXTREME, EXTREME)
+    if bool((good & (bounded != step)).any()):
+        initial, step = initial.noted("beyond the steps that float32 has room for"), bounded
     if good.all():
-        return initial
+        return initial._replace(step=step)
     bad = int((~good).sum())
     note = f"{bad} of {len(good)} channels without data" if good.any() else "no nonzero data"
     replacement = step[good].max() if good.any() else torch.full_like(step[0], fallback)

@@ -1,6 +1,6 @@
 """Which layers of a module are quantized, and how they become so and back."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -104,14 +104,20 @@ def _shared_weights(candidates: Mapping[str, nn.Module], chosen: Mapping[str, La
     return shared
 
 
-def remove(module: nn.Module) -> None:
-    """Turn every quantized layer back into the float layer it was, in place; its trained weight stays."""
-    for layer in quantized_layers(module).values():
+def remove(module: nn.Module, keep: Container[str] = ()) -> None:
+    """Turn every quantized layer back into the float layer it was, in place; its trained weight stays.
+
+    Args:
+        module: any module.
+        keep: names of layers that stay quantized.
+    """
+    for name, layer in quantized_layers(module).items():
+        if name in keep:
+            continue
         del layer.weight_quantizer, layer.input_quantizer, layer.quant_config
-        vars(layer).pop("had_calibration", None)
         layer.__class__ = layer.float_class  # type: ignore[assignment]  # that is the point
     for encoder in _encoders(module):
-        if hasattr(encoder, "used_nested_tensor"):
+        if hasattr(encoder, "used_nested_tensor") and not quantized_layers(encoder):
             encoder.use_nested_tensor = True
             del encoder.used_nested_tensor
 
@@ -191,9 +197,9 @@ def _quantize_layer(layer: nn.Module, config: LayerConfig, shared: dict[int, Qua
     for attribute, named in (("weight_quantizer", of_weights), ("input_quantizer", of_inputs)):
         quantizers = held(named)
         layer.register_module(attribute, quantizers)
-        # pruning and spectral norm recompute a weight from the parameter that they put beside it
-        learned = [getattr(layer, f"{name}_orig", weight) for name, weight in weights.items()]
-        if quantizers is not None and not any(weight.requires_grad for weight in learned):
+        # pruning, spectral and weight norm recompute a weight from parameters that they put beside it
+        learned = [p for p_name, p in layer.named_parameters(recurse=False) if p_name.startswith(tuple(weights))]
+        if quantizers is not None and not any(p.requires_grad for p in learned or weights.values()):
             quantizers.requires_grad_(False)  # a frozen layer stays frozen as a whole
     layer.__class__ = quantized
     vars(layer)["quant_config"] = config  # no parameter, buffer or module: past nn.Module's own bookkeeping

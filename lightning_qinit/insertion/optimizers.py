@@ -76,8 +76,8 @@ def separate_steps(
         lr_scale: learning rate of steps relative to that of the group they come from.
 
     Returns:
-        The new groups of optimizers with a scheduler that is not one of torch's, which may set the rates of the groups
-        that it was built for only.
+        The new groups whose rates no scheduler of torch's sets: another's may set those of the groups that it was built
+        for only, and so may a module that sets them itself.
 
     Raises:
         ValueError: if an optimizer that has one group only (L-BFGS) would need a second.
@@ -87,7 +87,7 @@ def separate_steps(
     for optimizer in optimizers:
         nested = [s for scheduler in schedulers for s in _nested(scheduler)]
         its_schedulers = [s for s in nested if getattr(s, "optimizer", optimizer) is optimizer]
-        foreign = not all(isinstance(s, LRScheduler) for s in its_schedulers)
+        foreign = not its_schedulers or not all(isinstance(s, LRScheduler) for s in its_schedulers)
         for index, group in enumerate(list(optimizer.param_groups)):
             is_step = [id(p) in steps for p in group["params"]]
             apart = all(is_step)  # a group of the user's own, or from an earlier fit

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_qinit.functional.fake_quantize import broadcast_channels
 from lightning_qinit.insertion import QuantizedLayer, named_quantizers
@@ -76,7 +76,7 @@ class Tracker:
     @torch.no_grad()
     def update(self) -> None:
         """Take the weights after an optimizer step."""
-        for name, quantizer, weight in self._active():
+        for name, quantizer, weight, parameter in self._active():
             codes = codes_of(quantizer, quantizer.transform(weight.detach().float()))
             if name not in self.oscillation:
                 self.oscillation[name] = Oscillation(codes)
@@ -84,7 +84,7 @@ class Tracker:
             tracked = self.oscillation[name]
             tracked.update(codes)
             if self.freeze_above is not None:
-                self._freeze(name, quantizer, weight, tracked.rate > self.freeze_above)
+                self._freeze(name, quantizer, parameter, tracked.rate > self.freeze_above)
 
     def _freeze(self, name: str, quantizer: Quantizer, weight: Tensor, oscillates: Tensor) -> None:
         tracked = self.oscillation[name]
@@ -95,11 +95,12 @@ class Tracker:
         step = broadcast_channels(quantizer.step.detach(), weight, quantizer.channel_axis)
         weight.copy_(torch.where(frozen >= 0, (level * step).to(weight), weight))
 
-    def _active(self) -> Iterable[tuple[str, Quantizer, Tensor]]:
+    def _active(self) -> Iterable[tuple[str, Quantizer, Tensor, Tensor]]:
+        """Name, quantizer, weight, and the parameter that its values lie in."""
         for name, (layer, what) in self.weights.items():
             quantizer = layer.weight_quantizers()[what]
             if quantizer.active:
-                yield name, quantizer, layer.weights()[what]
+                yield name, quantizer, layer.weights()[what], _parameters(layer)[what]
 
     def share_frozen(self, name: str) -> float | None:
         """The share of a weight's elements that are frozen; ``None`` if nothing is ever frozen."""
@@ -122,10 +123,26 @@ class Tracker:
         self.frozen = {name: frozen.to(self.oscillation[name].rate.device) for name, frozen in state["frozen"].items()}
 
 
-def check_untransformed(layers: Mapping[str, QuantizedLayer]) -> None:
-    """Raise ``MisconfigurationException`` for weights that are no multiples of a step, since they are normalized."""
+def _parameters(layer: QuantizedLayer) -> dict[str, Tensor]:
+    """What the values of a layer's weights lie in, by the names of their quantizers: pruning puts a mask before it."""
+    weights, names = layer.weights(), layer.parameter_quantizers()
+    return {
+        what: getattr(layer, f"{name}_orig") if hasattr(layer, f"{name}_mask") else weights[what]
+        for what, name in zip(layer.weight_quantizers(), names, strict=True)
+    }
+
+
+def check_movable(layers: Mapping[str, QuantizedLayer]) -> None:
+    """Raise ``MisconfigurationException`` for weights that cannot be moved to a multiple of a step: they are normalized
+    by their quantizer, or computed by a hook.
+    """
     values = torch.tensor([1.0, 2.0, 4.0])
     for name, layer in layers.items():
+        if layer.weight_quantizers() and not all(isinstance(p, nn.Parameter) for p in _parameters(layer).values()):
+            raise MisconfigurationException(
+                "`damp_oscillation` and `freeze_oscillating` move weights to levels of their quantizer, but a hook "
+                f"(spectral or weight norm) computes the weight of layer {name!r}: remove it, or `skip` the layer."
+            )
         for quantizer in layer.weight_quantizers().values():
             if not torch.equal(quantizer.transform(values), values):
                 raise MisconfigurationException(
@@ -135,21 +152,22 @@ def check_untransformed(layers: Mapping[str, QuantizedLayer]) -> None:
 
 
 @torch.no_grad()
-def damp(layers: Mapping[str, QuantizedLayer], strength: float) -> None:
-    """Add the gradient of ``strength * |q(w) - clip(w)|^2`` to that of every weight.
+def damp(layers: Mapping[str, QuantizedLayer], learned: Iterable[Tensor], strength: float) -> None:
+    """Add the gradient of ``strength * |q(w) - clip(w)|^2`` to that of every weight that is learned.
 
     It pulls weights to the middle of their rounding cells. Called between the backward pass and the optimizer step,
     it is the same as a term of the loss.
     """
-    done: set[int] = set()
+    waiting = {id(parameter) for parameter in learned}
     for layer in layers.values():
-        weights = layer.weights()
+        weights, parameters = layer.weights(), _parameters(layer)
         for what, quantizer in layer.weight_quantizers().items():
-            weight = weights[what]
-            if not quantizer.active or weight.grad is None or id(weight) in done:
+            weight, parameter = weights[what], parameters[what]
+            if not quantizer.active or parameter.grad is None or id(parameter) not in waiting:
                 continue
-            done.add(id(weight))
+            waiting.remove(id(parameter))  # tied weights are damped once
             step = broadcast_channels(quantizer.step.detach(), weight, quantizer.channel_axis)
             v = weight.detach() / step
             inside = (v > quantizer.low) & (v < quantizer.high)
-            weight.grad += (2 * strength * inside * (weight.detach() - quantizer(weight.detach()))).to(weight.grad)
+            pull = 2 * strength * inside * (weight.detach() - quantizer(weight.detach()))
+            parameter.grad += pull.to(parameter.grad)

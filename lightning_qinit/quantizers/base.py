@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not listed
 
 from lightning_qinit.functional.fake_quantize import broadcast_channels
 from lightning_qinit.functional.levels import is_run
@@ -162,7 +163,7 @@ class Quantizer(nn.Module, ABC):
             return how
         state = (*(t._version for t in tensors), x.data_ptr(), _probe(x), self.n_bits, self.is_signed, *constants)
         if not self._kept or self._kept[0] is not x or self._kept[1] != state:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():  # it may have to be saved for a backward pass
                 self._kept = (x, state, rounded(x, how))
         return how._replace(ready=self._kept[2])
 
@@ -246,6 +247,8 @@ class Quantizer(nn.Module, ABC):
         return sum(map(len, hooks)) > 1  # one is that of every quantizer
 
     def _elements_per_step(self, x: Tensor, samples: int | None) -> int:
+        if is_tracing():  # of which no gradient is asked, and whose sizes are no numbers
+            return 1
         if samples is None:  # values of fewer axes are a single sample
             axis = self.batch_axis
             samples = 1 if axis is None or x.dim() < axis + 2 else max(1, x.shape[axis])
@@ -261,7 +264,7 @@ class Quantizer(nn.Module, ABC):
             signed: whether the levels reach below zero.
             offset: as ``step``, for quantizers that learn one.
         """
-        # float32 keeps a few octaves free on both sides, so that x / step and the bounds stay finite
+        # as `usable` bounds what initializers choose
         step = step.to(self.initial_step).clamp(2.0**-100, 2.0**100).expand_as(self.initial_step).contiguous()
         copy_whole(self.relative_step, torch.ones_like(step))
         self.initial_step.copy_(step)

@@ -26,7 +26,7 @@ class Codebook(Quantizer, name="codebook"):
 
     def level_set(self, bits: int, signed: bool) -> Tensor:
         """The levels given."""
-        levels = check_levels(torch.tensor(self._codebook, dtype=torch.float64))
+        levels = check_levels(torch.tensor(self._codebook, dtype=torch.float64, device="cpu"))
         needed = (len(levels) - 1).bit_length()
         if bits != needed:
             raise ValueError(f"a codebook of {len(levels)} levels has {needed} bits, got {bits}.")

@@ -8,8 +8,8 @@ class PACT(LSQ, name="pact"):
 
     Forward: ``s * round(clip(x / s, -Qn, Qp))``, equation 2 for unsigned values. Backward (equation 3): ``a``
     receives 1 where ``x >= a`` and nothing elsewhere (for signed values, its counterpart on the other side). The
-    parameter is the step, ``a / Qp``; its gradient is divided by ``Qp^2``, so that gradient descent and weight decay
-    move ``a`` exactly as they do in the paper, which has no gradient scale.
+    parameter is the step, ``a / Qp``; its gradient is divided by ``Qp^2``, so that gradient descent moves ``a`` exactly
+    as in the paper, which has no gradient scale. (Its weight decay of ``a`` is left out, as for all steps.)
     """
 
     learns_rounding = False

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not listed
 
 
 class _Relative(torch.autograd.Function):
@@ -13,8 +14,7 @@ class _Relative(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(value, unit)
         ctx.bounds = (low, high)
-        within = value.nan_to_num(default, high, low).clamp(low, high)
-        return within * unit if start is None else torch.addcmul(start, within, unit)
+        return _value(value, start, unit, low, high, default)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -23,6 +23,11 @@ class _Relative(torch.autograd.Function):
         # gradient descent moves against the gradient: drop what would carry the value further outside
         grad = torch.where(value <= low, grad.clamp(max=0), torch.where(value >= high, grad.clamp(min=0), grad))
         return grad / unit, None, None, None, None, None
+
+
+def _value(value: Tensor, start: Tensor | None, unit: Tensor, low: float, high: float, default: float) -> Tensor:
+    within = value.nan_to_num(default, high, low).clamp(low, high)
+    return within * unit if start is None else torch.addcmul(start, within, unit)
 
 
 def relative(value: Tensor, start: Tensor | None, unit: Tensor, low: float, high: float, default: float) -> Tensor:
@@ -46,5 +51,7 @@ def relative(value: Tensor, start: Tensor | None, unit: Tensor, low: float, high
         high: the upper bound.
         default: stands in for NaN.
     """
+    if is_tracing():  # of which no gradient is asked, and which records operations, not functions
+        return _value(value, start, unit, low, high, default)
     result: Tensor = _Relative.apply(value, start, unit, low, high, default)
     return result

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not listed
 
 from lightning_qinit.quantizers.rounding import Rounding, gradients, rounded
 
@@ -17,6 +18,8 @@ def round_to_levels(x: Tensor, how: Rounding) -> Tensor:
         x: the values.
         how: the rounding.
     """
+    if is_tracing():  # as in `relative`
+        return rounded(x, how)
     result: Tensor = RoundToLevels.apply(x, how.scale, how.offset, how)
     return result
 

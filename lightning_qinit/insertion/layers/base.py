@@ -20,7 +20,6 @@ class QuantizedLayer(nn.Module):
         weight_quantizer: a quantizer; several by the name of the parameter, in layers with several; or ``None``.
         input_quantizer: a quantizer; several by the name of the input; or ``None``.
         quant_config: the settings that the layer was inserted with.
-        had_calibration: whether its module was calibrated since then, be it that the layer did not run.
     """
 
     float_class: ClassVar[type[nn.Module]]
@@ -32,7 +31,6 @@ class QuantizedLayer(nn.Module):
     """Those of them that may never be seen, because another quantizer serves them."""
 
     quant_config: LayerConfig
-    had_calibration: bool = False
     weight_quantizer: nn.Module | None
     input_quantizer: nn.Module | None
 
@@ -105,8 +103,8 @@ class QuantizedLayer(nn.Module):
 
     @property
     def awaits_calibration(self) -> bool:
-        """Whether it is new: no quantizer is calibrated, and not for the reason that the layer never runs."""
-        return not self.had_calibration and not any(q.is_calibrated for q in self.quantizers().values())
+        """Whether no quantizer is calibrated: the layer is new, or did not run so far."""
+        return not any(quantizer.is_calibrated for quantizer in self.quantizers().values())
 
     def quantize_weight(self, weight: Tensor, name: str = "weight", dtype: torch.dtype | None = None) -> Tensor:
         """A weight as it is used: quantized, or as it is if weights stay in float.

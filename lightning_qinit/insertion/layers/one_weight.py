@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not listed
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_qinit.insertion.layers.base import QuantizedLayer
@@ -40,7 +41,8 @@ class OneWeight(QuantizedLayer):
         dtype = None
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
-        if operation is not None and not torch.compiler.is_compiling() and type(x) is Tensor and x.numel():
+        recorded = torch.compiler.is_compiling() or is_tracing()
+        if operation is not None and not recorded and type(x) is Tensor and x.numel():
             inputs, weights = (
                 _operand(self.input_quantizer, x, dtype),
                 _operand(self.weight_quantizer, self.weight, dtype),
