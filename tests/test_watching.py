@@ -19,6 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import RichModelSummary
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from lightning_qinit import QuantInitCallback, calibrate, prepare
 from lightning_qinit.functional import optimal_scale
@@ -260,6 +261,36 @@ def test_damping_is_the_gradient_of_the_term_in_the_paper() -> None:
     term = 0.5 * (quantizer(weight).detach() - weight.clamp(-4 * step, 3 * step)).square().sum()
     (expected,) = torch.autograd.grad(term, weight)
     assert torch.allclose(model[0].weight.grad - before, expected, atol=1e-6)
+
+
+def test_remedies_reach_what_a_pruned_weight_is_computed_from(make_trainer) -> None:
+    torch.manual_seed(0)
+    layer = prune.random_unstructured(nn.Linear(40, 40), "weight", 0.5)
+    model = prepare(nn.Sequential(layer), weight_bits=3, first_last_bits=None)
+    calibrate(model, [torch.randn(5, 40)])
+    model(torch.randn(5, 40)).square().sum().backward()
+    before = layer.weight_orig.grad.clone()
+    damp(quantized_layers(model), model.parameters(), 0.5)
+    added = layer.weight_orig.grad - before
+    assert added.abs().max() > 0 and bool((added[layer.weight_mask == 0] == 0).all())
+
+    model = SmallNet()
+    prune.random_unstructured(model.hidden, "weight", 0.5)
+    callback = quiet(weight_bits=2, freeze_oscillating=1e-9)
+    make_trainer(callback, max_epochs=6).fit(model, loader(shuffle=False))
+    frozen = callback.state_dict()["oscillation"]["frozen"]["hidden.weight"] >= 0
+    step, kept = model.hidden.weight_quantizer.step.detach()[:, None], frozen & (model.hidden.weight_mask > 0)
+    levels = (model.hidden.weight_orig / step)[kept]
+    assert kept.any() and torch.allclose(levels, levels.round(), atol=1e-4)
+
+
+def test_remedies_refuse_weights_that_a_hook_computes(make_trainer) -> None:
+    model = SmallNet()
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        torch.nn.utils.weight_norm(model.hidden)
+    for settings in ({"damp_oscillation": 1.0}, {"freeze_oscillating": 0.1}):
+        with pytest.raises(MisconfigurationException, match="computes the weight of layer 'hidden': remove it, or `sk"):
+            make_trainer(quiet(**settings)).fit(model, loader())
 
 
 def test_damping_in_a_run(make_trainer) -> None:
