@@ -288,6 +288,26 @@ def test_what_cannot_be_exported_is_named():
         load_integers(module, {})
 
 
+def test_an_integer_state_that_is_not_whole_is_refused():
+    torch.manual_seed(0)
+    module = prepare(nn.Sequential(nn.Linear(5, 3)))
+    calibrate(module, [torch.randn(8, 5)])
+    state = integer_state_dict(module)
+    for key, change, message in (
+        (
+            "0.weight.scale",
+            None,
+            r"The state of '0.weight' must hold codes, scale, layout and .*, got \['codes', 'zero_p",
+        ),
+        ("0.weight.layout", torch.tensor([4, 0, 3, 5]), "`0.weight.codes` must be 8 bytes, 15 codes of 4 bits, got 16"),
+    ):
+        damaged = {name: value for name, value in state.items() if name != key}
+        if change is not None:
+            damaged[key] = change
+        with pytest.raises(RuntimeError, match=message):
+            load_integers(nn.Sequential(nn.Linear(5, 3)), damaged)
+
+
 @pytest.mark.filterwarnings("ignore:(?s)The tensor attributes? .*_flat_weights")  # for float ones too
 @pytest.mark.parametrize("name", ["rnn", "lstm", "gru"])
 def test_recurrent_layers_stay_quantized_where_their_parameters_are_replaced(name: str):

@@ -97,7 +97,7 @@ def load_integers(module: Module, state: Mapping[str, Tensor] | str | PathLike[s
             key = _joined(name, weight)
             # as folding does: in a Parameter of its own, without gradient
             setattr(layer, weight, nn.Parameter(torch.empty_like(getattr(layer, weight)), requires_grad=False))
-            left[key] = _unpacked(_taken(left, key))
+            left[key] = _unpacked(key, _taken(left, key))
         inputs = {what: _thawed(_taken(left, _joined(name, what))) for what in kind.inputs}
         if weights or not all(isinstance(frozen, Unquantized) for frozen in inputs.values()):
             layer.__class__ = kind
@@ -122,9 +122,18 @@ def _packed(quantizer: Quantizer, weight: Tensor, key: str) -> dict[str, Tensor]
     return {"codes": pack(codes, bits), "scale": scale, "layout": layout, **_grid(levels)}
 
 
-def _unpacked(parts: dict[str, Tensor]) -> Tensor:
+def _unpacked(key: str, parts: dict[str, Tensor]) -> Tensor:
+    missing = [part for part in ("codes", "scale", "layout") if part not in parts]
+    if missing or not parts.keys() & {"levels", "zero_point"}:
+        raise RuntimeError(
+            f"The state of {key!r} must hold codes, scale, layout and levels or zero_point, got {[*parts]}."
+        )
     bits, axis, *shape = parts["layout"].tolist()
-    codes = unpack(parts["codes"], bits, torch.Size(shape).numel()).view(shape).to(torch.int64)
+    count = torch.Size(shape).numel()
+    expected, found = -(-count // 8) * bits, parts["codes"].numel()
+    if not 1 <= bits <= 8 or found != expected:
+        raise RuntimeError(f"`{key}.codes` must be {expected} bytes, {count} codes of {bits} bits, got {found}.")
+    codes = unpack(parts["codes"], bits, count).view(shape).to(torch.int64)
     scale = parts["scale"]
     level = parts["levels"][codes] if "levels" in parts else codes - parts["zero_point"]
     return level.to(scale.dtype) * broadcast_channels(scale, codes, None if axis < 0 else axis)
