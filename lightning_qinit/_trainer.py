@@ -73,8 +73,9 @@ def training_batches(trainer: Trainer, most: int) -> Iterator[Iterator[Any]]:
         warnings.simplefilter("ignore")  # the fit loop gives its advice on loaders itself, a moment later
         loader = _request_dataloader(loop._data_source)
         strategy.barrier("train_dataloader()")
-        combined = loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")
+        combined = copy.copy(loader) if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")
         given = list(combined.flattened)
+        combined.flattened = [_apart(part) for part in given]
         if getattr(trainer, "overfit_batches", 0) > 0:
             _resolve_overfit_batches(combined, mode=RunningStage.TRAINING)
         combined.flattened = [
@@ -99,9 +100,17 @@ def training_batches(trainer: Trainer, most: int) -> Iterator[Iterator[Any]]:
     finally:
         loop._combined_loader, loop.max_batches = held
         combined.reset()
-        combined.flattened = given
         for restore in put_back:
             restore()
+
+
+def _apart(loader: Any) -> Any:
+    """A loader of the same samples, whose workers are none of those that training may use already."""
+    if not isinstance(loader, DataLoader):
+        return loader
+    twin = copy.copy(loader)
+    twin._iterator = None
+    return twin
 
 
 def _keep_loaders(loaders: list[Any]) -> list[Callable[[], object]]:

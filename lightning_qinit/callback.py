@@ -513,6 +513,8 @@ class QuantInitCallback(Callback):
         try:
             self._start(trainer, pl_module)
         except StepError:  # tried once more where no hook of the module is still to come
+            if _trainer.restores_late(trainer):  # the other ranks are waiting within the step
+                raise
             self._waits = "step"
 
     def _start(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:

@@ -13,6 +13,7 @@ from conftest import SmallNet, loader, quantizers, quiet, small_data
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, RandomSampler, Subset
 from torchmetrics import MeanMetric
@@ -139,17 +140,27 @@ class Resumable:
         self.next = state["next"]
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["", "calibrated in training"])
 @pytest.mark.parametrize(
     "make",
     [
+        lambda: DataLoader(Noisy(), 8, num_workers=1, persistent_workers=True),
+        lambda: CombinedLoader(loader(shuffle=False), "min_size"),
         lambda: DataLoader(Subset(Noisy(), range(16)), 8),
         lambda: DataLoader(ConcatDataset([Noisy(), Noisy()]), 8),
         lambda: DataLoader(small_data(), 8, sampler=EveryEpochItsOwn(small_data())),
         Resumable,
     ],
-    ids=["subset", "concatenated", "sampler", "resumable"],
+    ids=["workers", "combined", "subset", "concatenated", "sampler", "resumable"],
 )
-def test_training_sees_the_batches_that_it_would_have_seen(make_trainer, make) -> None:
+def test_training_sees_the_batches_that_it_would_have_seen(make_trainer, make, late: bool) -> None:
+    class Model(SmallNet):
+        def on_train_start(self) -> None:
+            self.shift = 0.0
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) + (self.shift if late else 0.0)
+
     seen: list[list[Tensor]] = []
 
     class Sees(pl.Callback):
@@ -158,7 +169,8 @@ def test_training_sees_the_batches_that_it_would_have_seen(make_trainer, make) -
 
     for callbacks in ([], [quiet()]):
         seen.append([])
-        make_trainer(*callbacks, Sees()).fit(SmallNet(), make())
+        make_trainer(*callbacks, Sees(), max_epochs=2).fit(model := Model(), make())
+        assert not callbacks or all(q.is_calibrated for q in quantizers(model).values())
     assert len(seen[0]) == len(seen[1]) > 0
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
 

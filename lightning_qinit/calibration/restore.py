@@ -45,7 +45,7 @@ def _keep(value: Any, seen: set[int]) -> Restore:
     if isinstance(value, nn.Module):
         seen.add(id(value))
         return _keep_module(value, seen)
-    if isinstance(value, np.ndarray) and value.flags.writeable:
+    if isinstance(value, np.ndarray) and value.flags.writeable and not isinstance(value, np.memmap):
         return partial(np.copyto, value, value.copy())
     kind = next((kind for kind in CONTAINERS if isinstance(value, kind)), None)
     if kind is None:

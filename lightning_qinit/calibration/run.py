@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lightning_qinit._trainer import pulls_batches_itself, run_step, training_batches
+from lightning_qinit._trainer import pulls_batches_itself, restores_late, run_step, training_batches
 from lightning_qinit.calibration.batchnorm import Statistics, trained_norms
 from lightning_qinit.calibration.config import CalibrationConfig
 from lightning_qinit.calibration.dry_run import dry_run
@@ -99,7 +99,8 @@ def _step(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int)
     try:
         return run_step(trainer, batch, batch_idx)
     except Exception as error:
-        trainer.strategy.reduce_boolean_decision(False)
+        if not restores_late(trainer):  # the others may be waiting within the step where parameters are sharded
+            trainer.strategy.reduce_boolean_decision(False)
         raise StepError(
             f"`{_step_name(module)}` raised {type(error).__name__} on calibration batch {batch_idx}: "
             f"{error} (It runs without gradients and in eval mode; where it cannot, define "
