@@ -182,6 +182,11 @@ def averaging_callbacks(trainer: Trainer) -> list[Callback]:
     return [c for c in callbacks(trainer) if is_a(c, "WeightAveraging", "StochasticWeightAveraging")]
 
 
+def configures(callback: Callback) -> bool:
+    """Whether an averaging callback calls ``configure_model`` before it copies the module."""
+    return is_a(callback, "WeightAveraging")
+
+
 def finetuning_callbacks(trainer: Trainer) -> list[Callback]:
     """Callbacks that put parameter groups back when a run resumes, of either Lightning package."""
     return [c for c in callbacks(trainer) if is_a(c, "BaseFinetuning")]

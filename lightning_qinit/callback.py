@@ -229,6 +229,7 @@ class QuantInitCallback(Callback):
         self._insert(pl_module, kernels, complete=not builds_late)
         if not builds_late:
             return
+        self._check_copies(trainer, pl_module)
         configure_model = pl_module.configure_model
 
         def configure_model_then_insert() -> None:
@@ -467,6 +468,16 @@ class QuantInitCallback(Callback):
                     raise MisconfigurationException(
                         f"`{name}` {why}: put QuantInitCallback {place} {name} in `Trainer(callbacks=[...])`."
                     )
+
+    def _check_copies(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Averaging callbacks copy the module when they are set up: layers built later are in no copy."""
+        for other in _trainer.averaging_callbacks(trainer):
+            too_early = _trainer.overrides(pl_module, "setup") or not _trainer.configures(other)
+            if too_early and not quantized_layers(pl_module):
+                raise MisconfigurationException(
+                    f"`{type(other).__name__}` copies {type(pl_module).__name__} before its `setup` or "
+                    "`configure_model` has built layers, and would average none: build them in `__init__`."
+                )
 
     def _check_before_loading(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a checkpoint that does not fit before its weights are loaded, where torch would name keys only."""

@@ -209,3 +209,32 @@ def test_a_callback_that_the_module_brings(make_trainer) -> None:
     model = Brings()
     make_trainer(max_steps=1).fit(model, loader())
     assert all(q.is_calibrated for q in quantizers(model).values())
+
+
+@pytest.mark.filterwarnings("ignore:.*a model that overrides the configure_model callback")
+@pytest.mark.parametrize("name", AVERAGING)
+@pytest.mark.parametrize("hook", ["setup", "configure_model"])
+def test_averaging_of_layers_that_are_built_later_is_refused_where_it_would_do_nothing(
+    make_trainer, name: str, hook: str
+) -> None:
+    class Late(pl.LightningModule):
+        def build(self, stage: str = "") -> None:
+            if not hasattr(self, "net"):
+                self.net = SmallNet()
+
+        def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+            return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    setattr(Late, hook, Late.build)
+    trainer, model = make_trainer(quiet(), AVERAGING[name](), max_epochs=2), Late()
+    if hook == "configure_model" and name != "StochasticWeightAveraging":
+        trainer.fit(model, loader())
+        assert all(quantizer.is_calibrated for quantizer in quantizers(model).values())
+        return
+    with pytest.raises(
+        MisconfigurationException, match=f"`{name}` copies Late before its `setup` or `configure_model`"
+    ):
+        trainer.fit(model, loader())
