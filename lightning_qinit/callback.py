@@ -294,7 +294,7 @@ class QuantInitCallback(Callback):
         if batch_idx % trainer.accumulate_grad_batches == 0:  # the optimizer may have stepped
             accumulates = trainer.accumulate_grad_batches > 1 and pl_module.automatic_optimization
             self._keep_weights(trainer, accumulates)
-        if self._settled != _count_groups(trainer):  # a layer was unfrozen
+        if self._settled != _groups_of(trainer):  # a layer was unfrozen
             self._settle_optimizers(trainer, pl_module)
         for follower in self._followers:
             follower.follow()
@@ -443,7 +443,7 @@ class QuantInitCallback(Callback):
         untrained = adopt_steps(layers, trainer.optimizers)
         schedulers = _trainer.schedulers(trainer)
         self._followers += separate_steps(layers, trainer.optimizers, schedulers, self.step_lr_scale)
-        self._settled = _count_groups(trainer)
+        self._settled = _groups_of(trainer)
         return untrained
 
     def _refuse_other_settings(self, settings: Mapping[str, Any]) -> None:
@@ -572,5 +572,5 @@ class QuantInitCallback(Callback):
             )
 
 
-def _count_groups(trainer: Trainer) -> list[tuple[Optimizer, int]]:
+def _groups_of(trainer: Trainer) -> list[tuple[Optimizer, int]]:
     return [(optimizer, len(optimizer.param_groups)) for optimizer in trainer.optimizers]
