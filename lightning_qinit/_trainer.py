@@ -88,7 +88,7 @@ def training_batches(trainer: Trainer, most: int) -> Iterator[Iterator[Any]]:
         ]
         limit = trainer.limit_train_batches
         combined.limits = [_parse_num_batches(RunningStage.TRAINING, length, limit) for length in lengths]
-    put_back = _keep_loaders([*combined.flattened, *given])
+    put_back = _keep_loaders(given)
     held = loop._combined_loader, loop.max_batches
     try:
         batches = iter(combined)

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_qinit import _trainer
 from lightning_qinit.batchnorm import fold_alike
-from lightning_qinit.calibration import check_weights, settle, warn_blind, warn_nonfinite, warn_unseen
+from lightning_qinit.calibration import check_weights, settle, warn_of
 from lightning_qinit.calibration.config import CalibrationConfig
 from lightning_qinit.calibration.run import StepError, choose_in_training
 from lightning_qinit.calibration.widths import WIDTHS
@@ -524,8 +524,6 @@ class QuantInitCallback(Callback):
         try:
             self._start(trainer, pl_module)
         except StepError:  # tried once more where no hook of the module is still to come
-            if _trainer.restores_late(trainer):  # the other ranks are waiting within the step
-                raise
             self._waits = "step"
 
     def _start(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
@@ -536,13 +534,11 @@ class QuantInitCallback(Callback):
             rank_zero_warn("Calibration saw no training batch, so nothing is quantized.")
             return
         starts = [start for start in starts if not start.quantizer.is_calibrated]  # of an earlier fit
-        warn_nonfinite(seen)
         if starts:
             settle(starts, statistics)
             for copy in _trainer.averaged_modules(trainer):
                 copy_quantizers(pl_module, copy)
-        warn_blind(starts)
-        unseen = warn_unseen(layers, seen)
+        unseen = warn_of(starts, layers, seen)
         if self.export is not None:
             check_calibrated(pl_module, self.export)
         if not starts:

@@ -222,9 +222,8 @@ def plain_layer(config: LayerConfig) -> dict[str, Any]:
 
 def plain_weight(config: LayerConfig) -> dict[str, Any]:
     """What the weight of a layer is quantized with and started by, as plain types."""
-    settings = plain_layer(config)
-    if "weight" in config.own_bits:
-        del settings["first_last_bits"]
-    of_weight = ("weight_bits", "weight_quantizer", "per_channel", "first_last_bits")
-    chosen = {key: settings[key] for key in of_weight if key in settings}
-    return {**chosen, "weight_initializer": plain_form(config.weight_initializer or config.initializer)}
+    of_weight = ["weight_bits", "weight_quantizer", "per_channel"]
+    if "weight" not in config.own_bits:
+        of_weight.append("first_last_bits")
+    settings, initializer = plain_layer(config), config.weight_initializer or config.initializer
+    return {**{key: settings[key] for key in of_weight}, "weight_initializer": plain_form(initializer)}

@@ -12,9 +12,7 @@ from lightning_qinit.calibration import (
     restored,
     settle,
     trained_norms,
-    warn_blind,
-    warn_nonfinite,
-    warn_unseen,
+    warn_of,
 )
 from lightning_qinit.calibration.config import CalibrationConfig
 from lightning_qinit.config import SETTINGS, LayerConfig, QuantConfig
@@ -114,9 +112,7 @@ def calibrate(
     if not seen.first_run:
         raise ValueError("`batches` must hold at least one batch that runs a quantized layer, got none.")
     settle(starts, statistics)
-    warn_blind(starts)
-    warn_nonfinite(seen)
-    warn_unseen(layers, seen)
+    warn_of(starts, layers, seen)
     return [make_row(start) for start in starts]
 
 

@@ -11,6 +11,4 @@ from lightning_qinit.calibration.passes import Passes as Passes
 from lightning_qinit.calibration.restore import restored as restored
 from lightning_qinit.calibration.sketch import Sketch as Sketch
 from lightning_qinit.calibration.start import Start as Start
-from lightning_qinit.calibration.start import warn_blind as warn_blind
-from lightning_qinit.calibration.start import warn_nonfinite as warn_nonfinite
-from lightning_qinit.calibration.start import warn_unseen as warn_unseen
+from lightning_qinit.calibration.start import warn_of as warn_of

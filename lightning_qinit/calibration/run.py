@@ -27,7 +27,7 @@ NOTHING: Any = object()
 
 
 class StepError(RuntimeError):
-    """The module's step raised in calibration, on this rank or on another."""
+    """The module's step raised in calibration, on this rank or on another; all ranks know, so it can be tried again."""
 
 
 def choose_in_training(
@@ -50,6 +50,7 @@ def choose_in_training(
         MisconfigurationException: if ``training_step`` takes the loader's iterator and there is no
             ``calibration_step``.
         StepError: if the step raised, on all ranks; the module is as before then.
+        RuntimeError: if it raised on this rank, and the strategy shards parameters.
     """
     if pulls_batches_itself(module) and not hasattr(module, "calibration_step"):
         raise MisconfigurationException(
@@ -99,13 +100,15 @@ def _step(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int)
     try:
         return run_step(trainer, batch, batch_idx)
     except Exception as error:
-        if not restores_late(trainer):  # the others may be waiting within the step where parameters are sharded
-            trainer.strategy.reduce_boolean_decision(False)
-        raise StepError(
+        message = (
             f"`{_step_name(module)}` raised {type(error).__name__} on calibration batch {batch_idx}: "
             f"{error} (It runs without gradients and in eval mode; where it cannot, define "
             "`calibration_step(batch, batch_idx)`, which calls the layers and computes no loss.)"
-        ) from error
+        )
+        if restores_late(trainer):  # parameters are sharded: the other ranks may be waiting within the step
+            raise RuntimeError(message) from error
+        trainer.strategy.reduce_boolean_decision(False)
+        raise StepError(message) from error
 
 
 def _agree(trainer: Trainer, step: str) -> None:

@@ -96,25 +96,17 @@ def _start(full_name: str, quantizer: Quantizer, calibration: CalibrationData, b
     return Start(name, what, quantizer, bits, data.signed, chosen.step, measures, chosen.offset, note)
 
 
-def warn_blind(starts: list[Start]) -> None:
-    """Say once which quantizers start without any nonzero value to go by."""
+def warn_of(starts: list[Start], layers: Mapping[str, QuantizedLayer], seen: Observation) -> list[str]:
+    """Say once what calibration had nothing to go by for; returns the quantizers that stay in float."""
     blind = [start.name for start in starts if start.measures.blind]
     if blind:
         rank_zero_warn(
             f"Calibration saw only zeros in {shorten(blind)}: their steps start from the size that trained weights "
             "(1 / sqrt(inputs per output)) or inputs (1) usually have."
         )
-
-
-def warn_nonfinite(seen: Observation) -> None:
-    """Say once which inputs held values that no step can be chosen for."""
     nonfinite = [name for name, sketch in seen.inputs.items() if sketch.nonfinite]
     if nonfinite:
         rank_zero_warn(f"Calibration met NaN or infinite values in {shorten(nonfinite)}; they were left out.")
-
-
-def warn_unseen(layers: Mapping[str, QuantizedLayer], seen: Observation) -> list[str]:
-    """Say once which quantizers stay in float, and return their names."""
     served = {f"{name}.{what}" for name in seen.first_run for what in layers[name].optional_inputs}
     unseen = [name for name, q in named_quantizers(layers).items() if not q.is_calibrated and name not in served]
     if unseen:

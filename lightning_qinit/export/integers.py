@@ -123,8 +123,7 @@ def _packed(quantizer: Quantizer, weight: Tensor, key: str) -> dict[str, Tensor]
 
 
 def _unpacked(key: str, parts: dict[str, Tensor]) -> Tensor:
-    missing = [part for part in ("codes", "scale", "layout") if part not in parts]
-    if missing or not parts.keys() & {"levels", "zero_point"}:
+    if not {"codes", "scale", "layout"} <= parts.keys() or not parts.keys() & {"levels", "zero_point"}:
         raise RuntimeError(
             f"The state of {key!r} must hold codes, scale, layout and levels or zero_point, got {[*parts]}."
         )

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from lightning_qinit.functional.levels import check_levels, is_run, thresholds
 
+EXTREME = 2.0**100  # of steps: float32 keeps a few octaves free on both sides, so that x / step and bounds stay finite
+
 
 def broadcast_channels(values: Tensor, x: Tensor, channel_axis: int | None) -> Tensor:
     """Shape one value per channel, ``(channels,)`` or ``(1,)``, so that it broadcasts against ``x``, axis by axis."""

@@ -5,9 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_qinit.functional.fake_quantize import EXTREME
 from lightning_qinit.functional.sample import Sample
-
-EXTREME = 2.0**100  # float32 keeps a few octaves free on both sides, so that x / step and the bounds stay finite
 
 
 class Initial(NamedTuple):
@@ -41,13 +40,13 @@ def usable(chosen: Tensor | Initial, sample: Sample, fallback: float = 1.0) -> I
     is 0. Steps stay within ``2^-100`` and ``2^100``.
     """
     initial = Initial.of(chosen)
-    step, offset = initial.step, initial.offset
-    good = step.isfinite() & (step > 0) & (sample.energy > 0)
-    bounded = step.clamp(1 / EXTREME, EXTREME)
-    if bool((good & (bounded != step)).any()):
-        initial, step = initial.noted("beyond the steps that float32 has room for"), bounded
+    good = initial.step.isfinite() & (initial.step > 0) & (sample.energy > 0)
+    bounded = initial.step.clamp(1 / EXTREME, EXTREME)
+    if bool((good & (bounded != initial.step)).any()):
+        initial = initial._replace(step=bounded).noted("beyond the steps that float32 has room for")
     if good.all():
-        return initial._replace(step=step)
+        return initial
+    step, offset = initial.step, initial.offset
     bad = int((~good).sum())
     note = f"{bad} of {len(good)} channels without data" if good.any() else "no nonzero data"
     replacement = step[good].max() if good.any() else torch.full_like(step[0], fallback)

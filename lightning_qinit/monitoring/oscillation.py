@@ -138,7 +138,7 @@ def check_movable(layers: Mapping[str, QuantizedLayer]) -> None:
     """
     values = torch.tensor([1.0, 2.0, 4.0])
     for name, layer in layers.items():
-        if layer.weight_quantizers() and not all(isinstance(p, nn.Parameter) for p in _parameters(layer).values()):
+        if not all(isinstance(p, nn.Parameter) for p in _parameters(layer).values()):
             raise MisconfigurationException(
                 "`damp_oscillation` and `freeze_oscillating` move weights to levels of their quantizer, but a hook "
                 f"(spectral or weight norm) computes the weight of layer {name!r}: remove it, or `skip` the layer."

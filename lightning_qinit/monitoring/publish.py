@@ -95,9 +95,8 @@ def publish_end_figures(
     layers = quantized_layers(module)
     quantizers = named_quantizers(layers)
     for name in names if writers else ():
-        if name not in quantizers:  # a layer that was replaced on the way
+        if (quantizer := quantizers.get(name)) is None:  # a layer that was replaced on the way
             continue
-        quantizer = quantizers[name]
         layer, _, what = name.rpartition(".")
         weights = layers[layer].weights()
         if what in weights:

@@ -7,13 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not listed
 
-from lightning_qinit.functional.fake_quantize import broadcast_channels
+from lightning_qinit.functional.fake_quantize import EXTREME, broadcast_channels
 from lightning_qinit.functional.levels import is_run
 from lightning_qinit.functional.sharded import copy_whole, whole
 from lightning_qinit.quantizers.fused import Operand
-from lightning_qinit.quantizers.kernels import Kernels
+from lightning_qinit.quantizers.kernels import Kernels, is_tracing
 from lightning_qinit.quantizers.relative import relative
 from lightning_qinit.quantizers.rounding import Rounding, rounded
 from lightning_qinit.quantizers.straight_through import round_to_levels
@@ -264,8 +263,7 @@ class Quantizer(nn.Module, ABC):
             signed: whether the levels reach below zero.
             offset: as ``step``, for quantizers that learn one.
         """
-        # as `usable` bounds what initializers choose
-        step = step.to(self.initial_step).clamp(2.0**-100, 2.0**100).expand_as(self.initial_step).contiguous()
+        step = step.to(self.initial_step).clamp(1 / EXTREME, EXTREME).expand_as(self.initial_step).contiguous()
         copy_whole(self.relative_step, torch.ones_like(step))
         self.initial_step.copy_(step)
         self.calibrated.fill_(True)

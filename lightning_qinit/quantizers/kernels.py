@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not listed
+from torch.jit import is_tracing as is_tracing  # type: ignore[attr-defined]  # public, but not listed
 
 from lightning_qinit.checks import check
 
@@ -176,13 +176,18 @@ def _kind(x: Tensor) -> Any:
     return x.device.type, x.dtype, x.is_inference(), len(x) if x.dim() == 1 else None
 
 
+def is_recorded() -> bool:
+    """Whether torch records operations: in ``torch.compile``, exports and ``torch.jit.trace``."""
+    return torch.compiler.is_compiling() or is_tracing()
+
+
 def are_compiled(x: Tensor, kernels: Kernels) -> bool:
     """Whether the passes over these values are to be compiled kernels.
 
     Not where torch traces or differentiates the operations themselves: inside ``torch.compile`` and exports, which
     fuse them on their own, and in double backward.
     """
-    if kernels == "eager" or torch.compiler.is_compiling() or is_tracing() or torch.is_grad_enabled():
+    if kernels == "eager" or is_recorded() or torch.is_grad_enabled():
         return False
     if type(x) not in (Tensor, nn.Parameter) or x.device.type == "meta" or x.numel() == 0:
         return False

@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not listed
+
+from lightning_qinit.quantizers.kernels import is_tracing
 
 
 class _Relative(torch.autograd.Function):

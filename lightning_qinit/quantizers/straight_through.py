@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not listed
 
+from lightning_qinit.quantizers.kernels import is_tracing
 from lightning_qinit.quantizers.rounding import Rounding, gradients, rounded
 
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not listed
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_qinit.insertion.layers.base import QuantizedLayer
 from lightning_qinit.quantizers import Quantizer
 from lightning_qinit.quantizers.fused import Operand, fused
+from lightning_qinit.quantizers.kernels import is_recorded
 from lightning_qinit.quantizers.operation import Operation, Product
 
 PRODUCT = Product()
@@ -41,8 +41,7 @@ class OneWeight(QuantizedLayer):
         dtype = None
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
-        recorded = torch.compiler.is_compiling() or is_tracing()
-        if operation is not None and not recorded and type(x) is Tensor and x.numel():
+        if operation is not None and not is_recorded() and type(x) is Tensor and x.numel():
             inputs, weights = (
                 _operand(self.input_quantizer, x, dtype),
                 _operand(self.weight_quantizer, self.weight, dtype),
