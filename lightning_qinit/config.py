@@ -185,6 +185,8 @@ class QuantConfig:
                 config = replace(config, own_bits=tuple({*config.own_bits, *own}), **settings)
         if config.weight_bits is None and config.activation_bits is None:
             return None
+        if config is self.default:
+            return config  # checked when it was set, which for a network of hundreds of layers is once
         try:
             config.check()
         except ValueError as error:
