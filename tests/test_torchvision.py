@@ -130,7 +130,7 @@ MODELS: dict[str, Build] = {
     "efficientnet_b0": published("efficientnet_b0"),
     "efficientnet_v2_s": efficientnet_v2,
     "googlenet": published("googlenet", init_weights=True),
-    "inception_v3": published("inception_v3", init_weights=False),
+    "inception_v3": published("inception_v3", init_weights=False, aux_logits=False),  # at 299 pixels only
     "maxvit_t": maxvit,
     "mnasnet0_5": published("mnasnet0_5"),
     "mobilenet_v2": published("mobilenet_v2"),
@@ -147,14 +147,13 @@ MODELS: dict[str, Build] = {
 }
 
 SIZE = 64  # of images: all others take it, and train on two; at 32 some BatchNorms see two values per channel
-SIZES = {"inception_v3": 299}  # the least for its auxiliary head
+SIZES = {"inception_v3": 128}  # a quarter as wide at its end
 
 # Layers that calibration never sees run, so that they stay in float, and the callback says so.
 AUXILIARY_HEADS = "net.[aA]ux*"  # run in train mode only, and calibration runs in eval mode
 LINEARS_OF_WINDOW_ATTENTION = "*.attn.[qp]*"  # qkv and proj: Swin reads their weights and calls F.linear itself
 STAY_FLOAT = {
     "googlenet": AUXILIARY_HEADS,
-    "inception_v3": AUXILIARY_HEADS,
     "swin_t": LINEARS_OF_WINDOW_ATTENTION,
     "swin_v2_t": LINEARS_OF_WINDOW_ATTENTION,
 }
