@@ -82,6 +82,26 @@ def test_measures_on_a_record_made_by_hand(study: ModuleType) -> None:
     assert measures.interval([2.0, 2.1]).sign == 1 and measures.interval([2.0]).sign == 0
 
 
+def test_the_long_schedule_stands_beside_what_is_published(study: ModuleType) -> None:
+    import tables
+
+    assert tables.long_table([]) == "Not run."
+    grid = {"task": "cifar10-long", "bits": [2, 8], "initializer": ["optimal", "lsq"], "seed": [0, 1]}
+    rows = []
+    for setting in study.settings(grid):
+        final = 90.0 + setting["seed"] - (setting["initializer"] == "lsq")
+        record = {"float": 91.5, "scores": [(0, 10.0), (5265, final)], "losses": [1.0], "blind": 2.3, "drift": 0.1}
+        rows.append({"setting": setting, "record": record})
+    costs, differences = tables.long_table(rows).split("\n\n")
+    assert costs.splitlines()[2:] == [
+        "| lsq, optimal | -1 ± 6.4 | -1 ± 6.4 |",  # -1.5 and -0.5; Student's 12.7 times a half
+        "| lsq, lsq | -2 ± 6.4 | -2 ± 6.4 |",
+        "| APoT, published | -2 | - |",
+    ]
+    assert "| lsq, 2 bits, lsq | +0 ± 0 | +0 ± 0 | +0 ± 0 | +0 ± 0 | **+1 ± 0** |" in differences
+    assert "lsq" not in tables.pooled_table(rows, "lsq")  # and it is not among the small tasks
+
+
 def test_every_number_of_the_readme_is_made_from_the_results(study: ModuleType) -> None:
     import report
 

@@ -1,8 +1,9 @@
 """The tables of the study, in Markdown. Differences are those of the optimum less the other, paired by seed."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, stdev
+from typing import Any
 
 from compare import Cell, Row, cells, pooled, stressed, varied, where
 from measures import MEASURES, Interval, Measure, interval
@@ -13,6 +14,8 @@ OTHERS = ("output", "lsq", "lsq+", "minmax", "percentile", "aciq", "sawb", "cons
 COMPARED = ("initial", "target", "loss50", "loss500", "final")
 BASE = "optimal"
 NARROW = {"name": "lsq", "narrow_range": True}
+# Final score less the float network's, by bits: README of APoT's code, ResNet-20, 300 epochs, a float score of 92.96.
+PUBLISHED = {2: 90.96 - 92.96, 3: 92.49 - 92.96, 4: 92.45 - 92.96}
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -53,28 +56,58 @@ def tasks_table(rows: Sequence[Row]) -> str:
     return markdown(["task", "float score", "optimizer", "learning rate", "steps", "batch", "evaluated every"], lines)
 
 
+def is_small(setting: Mapping[str, Any]) -> bool:
+    """Whether a run is of the small tasks, which are taken together; CIFAR-10 stands by itself."""
+    return not setting["task"].startswith("cifar10")
+
+
 def pooled_table(rows: Sequence[Row], quantizer: str) -> str:
     """Of one quantizer: for each width and other initializer, differences over the small tasks."""
-    found = [c for c in main_cells(rows) if c.setting["quantizer"] == quantizer and c.setting["task"] != "cifar10"]
+    found = [cell for cell in main_cells(rows) if cell.setting["quantizer"] == quantizer and is_small(cell.setting)]
     return _against(found)
 
 
-def cifar10_table(rows: Sequence[Row]) -> str:
+def cifar10_table(rows: Sequence[Row], task: str = "cifar10") -> str:
     """CIFAR-10 by itself, quantizer by quantizer."""
-    found = [cell for cell in main_cells(rows) if cell.setting["task"] == "cifar10"]
+    found = [cell for cell in main_cells(rows) if cell.setting["task"] == task]
     parts = {name: [cell for cell in found if cell.setting["quantizer"] == name] for name in QUANTIZERS}
     return _against(*parts.values(), names=[f"{name}, " for name in parts])
 
 
+def long_table(rows: Sequence[Row]) -> str:
+    """The long schedule of CIFAR-10: what quantization costs, next to what is published; then the differences."""
+    found = [cell for cell in main_cells(rows) if cell.setting["task"] == "cifar10-long"]
+    if not found:
+        return "Not run."
+    widths = sorted({cell.setting["bits"] for cell in found})
+    lines = []
+    for quantizer in QUANTIZERS:
+        for name in (BASE, *OTHERS):
+            by_bits = [
+                [c for c in found if (c.setting["quantizer"], c.setting["bits"]) == (quantizer, b)] for b in widths
+            ]
+            costs = [_cost(chosen, name) for chosen in by_bits]
+            if any(cost != "-" for cost in costs):
+                lines.append([f"{quantizer}, {name}", *costs])
+    lines.append(["APoT, published", *(f"{PUBLISHED[b]:+.3g}" if b in PUBLISHED else "-" for b in widths)])
+    costs_table = markdown(["final score less float", *(f"{bits} bits" for bits in widths)], lines)
+    return f"{costs_table}\n\n{cifar10_table(rows, 'cifar10-long')}"
+
+
+def _cost(chosen: Sequence[Cell], name: str) -> str:
+    records = [record for cell in chosen for record in cell.runs.get(name, {}).values()]
+    return shown(interval([MEASURES["final"].of(r) - r["float"] for r in records]), 0) if records else "-"
+
+
 def norms_table(rows: Sequence[Row], cifar10: bool) -> str:
     """With BatchNorm statistics re-estimated under quantization, whatever the initializer."""
-    kept = where(rows, lambda s: set(varied(s)) == {"recalibrate_batchnorm"} and (s["task"] == "cifar10") == cifar10)
+    kept = where(rows, lambda s: set(varied(s)) == {"recalibrate_batchnorm"} and is_small(s) != cifar10)
     return _against(cells(kept, "initializer"))
 
 
 def narrow_table(rows: Sequence[Row]) -> str:
     """With as many levels on either side of zero."""
-    small = where(rows, lambda s: s["quantizer"] == NARROW and s["task"] != "cifar10")
+    small = where(rows, lambda s: s["quantizer"] == NARROW and is_small(s))
     return _against(cells(small, "initializer"))
 
 
@@ -174,7 +207,7 @@ def _means(by_bits: Sequence[Sequence[Cell]], measure: Measure, name: str) -> st
 
 def ablation_table(rows: Sequence[Row], cifar10: bool) -> str:
     """Each variant of the optimum less the default, over all cells that hold both, for each width."""
-    kept = where(rows, lambda s: s["part"] == "test" and (s["task"] == "cifar10") == cifar10)
+    kept = where(rows, lambda s: s["part"] == "test" and is_small(s) != cifar10)
     found = cells([row for row in map(_relabelled, kept) if row], "variant")
     lines = []
     for name in sorted({name for cell in found for name in cell.runs} - {"default"}):
@@ -227,6 +260,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "spread": spread_table,
     "stress": stress_table,
     "cifar10": cifar10_table,
+    "cifar10-long": long_table,
     "norms": lambda rows: norms_table(rows, cifar10=False),
     "cifar10-norms": lambda rows: norms_table(rows, cifar10=True),
     "narrow": narrow_table,
