@@ -13,15 +13,22 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_qinit import _trainer
-from lightning_qinit.batchnorm import fold_alike
 from lightning_qinit.calibration import check_weights, settle, warn_of
 from lightning_qinit.calibration.config import CalibrationConfig
 from lightning_qinit.calibration.run import StepError, choose_in_training
 from lightning_qinit.calibration.widths import WIDTHS
-from lightning_qinit.checkpoint import STATE_KEY, differences, has_quantizers, saved_settings
+from lightning_qinit.checkpoint import STATE_KEY
 from lightning_qinit.checks import check, check_whole, is_number, shorten
 from lightning_qinit.config import LayerConfig, QuantConfig, plain
 from lightning_qinit.export.best import check_calibrated, check_can_export, check_path, export_best
+from lightning_qinit.guards import (
+    check_before_loading,
+    check_copies,
+    check_launch,
+    check_order,
+    check_settings,
+    stop_checking,
+)
 from lightning_qinit.initializers import Initializer
 from lightning_qinit.insertion import (
     Follower,
@@ -209,16 +216,11 @@ class QuantInitCallback(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Insert, in every stage: the optimizer, the strategy and checkpoints must see the quantizers."""
-        if _trainer.spawns(trainer) and not quantized_layers(pl_module):
-            raise MisconfigurationException(
-                "This strategy trains copies of the module in processes of their own, and the module at hand would "
-                "never see their quantizers: call `lightning_qinit.prepare(module, ...)` with the same settings before "
-                '`fit`, or use `strategy="ddp"`.'
-            )
-        self._check_order(trainer)
+        check_launch(trainer, pl_module)
+        check_order(self, trainer)
         if self.export is not None and stage == "fit":
             check_can_export(trainer, pl_module, self.export)
-        self._check_before_loading(trainer, pl_module)
+        check_before_loading(trainer, pl_module, self.config)
         self._calibrates = stage == "fit"
         if stage == "fit":  # what is known of an earlier fit, maybe of another module; a checkpoint brings it back
             self.report, self._shown, self._tracked, self._waits = [], [], None, ""
@@ -229,7 +231,7 @@ class QuantInitCallback(Callback):
         self._insert(pl_module, kernels, complete=not builds_late)
         if not builds_late:
             return
-        self._check_copies(trainer, pl_module)
+        check_copies(trainer, pl_module)
         configure_model = pl_module.configure_model
 
         def configure_model_then_insert() -> None:
@@ -255,7 +257,7 @@ class QuantInitCallback(Callback):
         _trainer.clip_within(trainer, partial(published_gradients, quantizers))
         if _trainer.restores_late(trainer):
             return
-        self._stop_checking(trainer, pl_module)
+        stop_checking(trainer, pl_module)
         if untrained:
             rank_zero_warn(
                 f"No optimizer trains {shorten(untrained)}, so the steps of these layers stay as calibrated."
@@ -272,7 +274,7 @@ class QuantInitCallback(Callback):
         """Calibrate, if there was no sanity check; prepare logging."""
         self._calibrate(trainer, pl_module)
         self._publish(trainer, {})  # once more: the sanity check forgets all metrics, and so does a run that resumes
-        self._stop_checking(trainer, pl_module)
+        stop_checking(trainer, pl_module)
         layers = quantized_layers(pl_module)
         self._quantizers = list(named_quantizers(layers).values())
         self._tracker = self._monitor = None
@@ -420,13 +422,13 @@ class QuantInitCallback(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse a checkpoint whose quantizers were set up differently."""
-        self._refuse_other_settings(state_dict)
+        check_settings(state_dict, self.config)
         self._tracked = state_dict.get("oscillation")
         self._aggregates = dict(state_dict.get("aggregates", {}))
 
     def _start_evaluation(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit":
-            self._stop_checking(trainer, pl_module)
+            stop_checking(trainer, pl_module)
         self._quantizers = list(named_quantizers(quantized_layers(pl_module)).values())
         # elsewhere a quantizer would not see averaged weights that a step puts in and out by `weight.data`
         self._keep_weights(trainer, pl_module.device.type == "cpu")
@@ -445,62 +447,6 @@ class QuantInitCallback(Callback):
         self._followers += separate_steps(layers, trainer.optimizers, schedulers, self.step_lr_scale)
         self._settled = _groups_of(trainer)
         return untrained
-
-    def _refuse_other_settings(self, settings: Mapping[str, Any]) -> None:
-        found = differences(settings, self.config)
-        if found:
-            raise MisconfigurationException(
-                "The checkpoint was trained with other quantization settings: " + "; ".join(found) + "."
-            )
-
-    def _check_order(self, trainer: Trainer) -> None:
-        """Averaging callbacks copy the module when they are set up; finetuning ones set groups when fit starts."""
-        order = _trainer.callbacks(trainer)
-        copying = "copies the module before this callback has inserted quantizers"
-        grouping = "puts back the parameter groups of a resumed run, without those of steps that this callback has made"
-        for others, why, place in (
-            (_trainer.averaging_callbacks(trainer), copying, "before"),
-            (_trainer.finetuning_callbacks(trainer), grouping, "after"),
-        ):
-            for other in others:
-                if (order.index(self) < order.index(other)) != (place == "before"):
-                    name = type(other).__name__
-                    raise MisconfigurationException(
-                        f"`{name}` {why}: put QuantInitCallback {place} {name} in `Trainer(callbacks=[...])`."
-                    )
-
-    def _check_copies(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Averaging callbacks copy the module when they are set up: layers built later are in no copy."""
-        for other in _trainer.averaging_callbacks(trainer):
-            too_early = _trainer.overrides(pl_module, "setup") or not _trainer.configures(other)
-            if too_early and not quantized_layers(pl_module):
-                raise MisconfigurationException(
-                    f"`{type(other).__name__}` copies {type(pl_module).__name__} before its `setup` or "
-                    "`configure_model` has built layers, and would average none: build them in `__init__`."
-                )
-
-    def _check_before_loading(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a checkpoint that does not fit before its weights are loaded, where torch would name keys only."""
-        on_load_checkpoint = pl_module.on_load_checkpoint
-
-        def check_then_load(checkpoint: dict[str, Any]) -> None:
-            settings = saved_settings(checkpoint)
-            if settings is not None:
-                self._refuse_other_settings(settings)
-            if trainer.state.fn == "fit" and checkpoint.get("optimizer_states") and not has_quantizers(checkpoint):
-                raise MisconfigurationException(
-                    "The checkpoint is one of a float module, whose optimizer knows no steps: load its weights "
-                    "(`Module.load_from_checkpoint(path)`) and call `fit` without `ckpt_path`."
-                )
-            fold_alike(pl_module, checkpoint["state_dict"])
-            on_load_checkpoint(checkpoint)
-
-        vars(pl_module)["on_load_checkpoint"] = check_then_load
-
-    def _stop_checking(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The checkpoint is loaded, and a module that holds a local function cannot be pickled."""
-        for module in (pl_module, *_trainer.averaged_modules(trainer)):  # copies made since `setup` hold it too
-            vars(module).pop("on_load_checkpoint", None)
 
     def _insert(self, pl_module: LightningModule, kernels: Kernels, complete: bool = True) -> None:
         try:
