@@ -115,7 +115,8 @@ class QuantInitCallback(Callback):
             forth, Nagel et al., 2022) and ``"frozen"`` (share of weights that ``freeze_oscillating`` froze). ``True``
             for all but the last two, which look at every step; ``False`` for none.
         log_costly_every: log ``"to_optimal"`` and the histograms of integers every so many-th time only.
-        log_figures: of how many quantizers, those that lose most, TensorBoard gets a picture at start and end.
+        log_figures: of how many quantizers, those that lose most, TensorBoard gets a picture at start and end; drawing
+            one takes some tenths of a second.
         damp_oscillation: strength of a term of the loss that pulls weights to the middle of their rounding cells (Nagel
             et al., ICML 2022); 0 for none.
         freeze_oscillating: freeze weights whose integer flips back and forth at more than this rate (same source), such
