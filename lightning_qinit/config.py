@@ -143,9 +143,12 @@ class QuantConfig:
     default: LayerConfig = field(default_factory=LayerConfig)
     skip: Sequence[str] = ()
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    # Settings by the overrides that a layer matches: to check them takes long, and many layers match the same.
+    _checked: dict[tuple[str, ...], LayerConfig] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.default.check()
+        self._checked[()] = self.default
         listed = not isinstance(self.skip, str) and isinstance(self.skip, Iterable)
         patterns = listed and all(isinstance(pattern, str) for pattern in self.skip)
         check("skip", self.skip, patterns, "a sequence of glob patterns")
@@ -178,20 +181,20 @@ class QuantConfig:
         """
         if any(fnmatchcase(name, pattern) for pattern in self.skip):
             return None
-        config = self.default
-        for pattern, settings in self.overrides.items():
-            if fnmatchcase(name, pattern):
+        patterns = tuple(pattern for pattern in self.overrides if fnmatchcase(name, pattern))
+        if patterns not in self._checked:
+            config = self.default
+            for pattern in patterns:
+                settings = self.overrides[pattern]
                 own: set[Role] = {role for role in ROLES if f"{role}_bits" in settings}
                 config = replace(config, own_bits=tuple({*config.own_bits, *own}), **settings)
-        if config.weight_bits is None and config.activation_bits is None:
-            return None
-        if config is self.default:
-            return config  # checked when it was set, which for a network of hundreds of layers is once
-        try:
-            config.check()
-        except ValueError as error:
-            raise ValueError(f"Layer {name!r}: {error}") from error
-        return config
+            try:
+                config.check()
+            except ValueError as error:
+                raise ValueError(f"Layer {name!r}: {error}") from error
+            self._checked[patterns] = config
+        config = self._checked[patterns]
+        return None if config.weight_bits is None and config.activation_bits is None else config
 
     def check_patterns(self, names: Iterable[str]) -> None:
         """Raise ``ValueError`` for a pattern of ``skip`` or ``overrides`` that matches none of the layer names."""
