@@ -217,13 +217,16 @@ def test_gradients_are_those_of_the_operation(name: str, quantizer: str, needs_g
     make, shape = LAYERS[name]
     model = nn.Sequential(make())
     x = torch.randn(shape)
-    quantized(model, x, weight_bits=4, activation_bits=3, first_last_bits=None, quantizer=quantizer)
+    quantized(model, x, weight_bits=2, activation_bits=3, first_last_bits=None, quantizer=quantizer)
     (layer,) = model
     x.requires_grad_(needs_gradient)
+    layer.weight_quantizer.kernels = layer.input_quantizer.kernels = "eager"
     expected = gradients(layer, x, by_hand(layer))
-    for got, value in zip(gradients(layer, x, layer), expected, strict=True):
-        assert torch.allclose(got, value, rtol=1e-4, atol=1e-5 * float(value.abs().max()))
     assert len(expected) >= 4
+    for kernels_ in ("eager", "compiled"):
+        layer.weight_quantizer.kernels = layer.input_quantizer.kernels = kernels_
+        for got, value in zip(gradients(layer, x, layer), expected, strict=True):
+            assert torch.allclose(got, value, rtol=1e-4, atol=1e-5 * float(value.abs().max()))
 
 
 @pytest.mark.parametrize("settings", [{"weight_bits": None}, {"activation_bits": None}], ids=["inputs", "weights"])

@@ -102,13 +102,14 @@ def gradients(grad: Tensor, x: Tensor, how: Rounding, private: bool = False) -> 
         return cast(Gradients, gpu.gradients(grad, x, how, private))
     else:
         layout, force = Layout(x, how.scale), how.kernels == "compiled"
-        if private and grad.dtype == x.dtype and grad.stride() == x.stride():
+        values = layout.flat(grad)
+        its_own = values.data_ptr() == grad.data_ptr()  # not a copy in another order
+        if private and its_own and grad.dtype == x.dtype and grad.stride() == x.stride():
             to_x = grad
-            others = BACKWARD_OVER(layout.flat(grad), layout.flat(x), *how.columns, *constants, force=force)
+            others = BACKWARD_OVER(values, layout.flat(x), *how.columns, *constants, force=force)
         else:
             to_x = layout.empty(x.dtype, x.device)
-            values = layout.flat(to_x), layout.flat(grad), layout.flat(x)
-            others = BACKWARD(*values, *how.columns, *constants, force=force)
+            others = BACKWARD(layout.flat(to_x), values, layout.flat(x), *how.columns, *constants, force=force)
     shape, factor = how.scale.shape, how.gradient_scale
     to_scale, to_offset = (None if sum_ is None else sum_.reshape(shape) * factor for sum_ in others)
     return to_x, to_scale, to_offset
