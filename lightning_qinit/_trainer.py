@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.trainer.connectors.data_connector import (
     _parse_num_batches,
     _process_dataloader,
@@ -53,8 +53,11 @@ def _is_one_shot(loader: Any) -> bool:
     data = loader.dataset if isinstance(loader, DataLoader) else loader
     if isinstance(loader, DataLoader) and not isinstance(data, IterableDataset):
         return False
+    put_back = _keep_attributes(data)
     iterator = iter(data)
-    return iterator is data or iterator is iter(data)
+    one_shot = iterator is data or iterator is iter(data)
+    put_back()
+    return one_shot
 
 
 @contextmanager
@@ -62,8 +65,9 @@ def training_batches(trainer: Trainer, most: int) -> Iterator[Iterator[Any]]:
     """The first ``most`` batches that training is going to see, on its device.
 
     Asks the data source for a loader of its own and prepares it as the fit loop does (samplers, limits), so the
-    loop's own state is untouched; generators that the loaders hold, attributes of their samplers, and what a loader
-    itself keeps in a ``state_dict``, are put back. Use inside :func:`isolate_rng`.
+    loop's own state is untouched; generators that the loaders hold, attributes of their samplers and iterable datasets
+    and of a data module, and what a loader itself keeps in a ``state_dict``, are put back. Use inside
+    :func:`isolate_rng`.
     """
     loop, strategy, module = trainer.fit_loop, trainer.strategy, trainer.lightning_module
     if trainer.limit_train_batches == 0:
@@ -71,6 +75,8 @@ def training_batches(trainer: Trainer, most: int) -> Iterator[Iterator[Any]]:
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the fit loop gives its advice on loaders itself, a moment later
+        source = loop._data_source.instance
+        put_back = [_keep_attributes(source)] if isinstance(source, LightningDataModule) else []
         loader = _request_dataloader(loop._data_source)
         strategy.barrier("train_dataloader()")
         combined = copy.copy(loader) if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")
@@ -88,7 +94,7 @@ def training_batches(trainer: Trainer, most: int) -> Iterator[Iterator[Any]]:
         ]
         limit = trainer.limit_train_batches
         combined.limits = [_parse_num_batches(RunningStage.TRAINING, length, limit) for length in lengths]
-    put_back = _keep_loaders(given)
+    put_back += _keep_loaders(given)
     held = loop._combined_loader, loop.max_batches
     try:
         batches = iter(combined)
@@ -120,11 +126,30 @@ def _keep_loaders(loaders: list[Any]) -> list[Callable[[], object]]:
     for loader in loaders:
         batch_sampler = getattr(loader, "batch_sampler", None)
         samplers = [getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
-        put_back += [partial(vars(s).update, dict(vars(s))) for s in samplers if hasattr(s, "__dict__")]
-        holders += [loader, *samplers, getattr(loader, "dataset", None)]
+        dataset = getattr(loader, "dataset", None)
+        ordering = [*samplers, dataset] if isinstance(dataset, IterableDataset) else samplers
+        put_back += map(_keep_attributes, ordering)
+        holders += [loader, *samplers, dataset]
         if callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None)):
             put_back.append(partial(loader.load_state_dict, copy.deepcopy(loader.state_dict())))
     return put_back + [keep_generator(generator) for generator in generators_in(*holders)]
+
+
+def _keep_attributes(holder: Any) -> Callable[[], object]:
+    """What gives an object the attributes that it has now, and lists among them, which may be shuffled, their order."""
+    if not hasattr(holder, "__dict__"):
+        return lambda: None
+    attributes = dict(vars(holder))
+    lists = [(value, list(value)) for value in attributes.values() if isinstance(value, list)]
+
+    def put_back() -> None:
+        for name in vars(holder).keys() - attributes.keys():
+            del vars(holder)[name]
+        vars(holder).update(attributes)
+        for value, members in lists:
+            value[:] = members
+
+    return put_back
 
 
 def _to_device(trainer: Trainer, batch: Any) -> Any:

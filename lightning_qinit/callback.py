@@ -27,6 +27,7 @@ from lightning_qinit.guards import (
     check_launch,
     check_order,
     check_settings,
+    put_back,
     stop_checking,
 )
 from lightning_qinit.initializers import Initializer
@@ -35,6 +36,7 @@ from lightning_qinit.insertion import (
     adopt_steps,
     copy_quantizers,
     float_parameters,
+    held_schedulers,
     insert,
     named_quantizers,
     published_gradients,
@@ -237,7 +239,7 @@ class QuantInitCallback(Callback):
 
         def configure_model_then_insert() -> None:
             # once is enough, and a copy of the module must not carry a function of the original
-            vars(pl_module).pop("configure_model", None)
+            put_back(pl_module, "configure_model")
             configure_model()
             try:
                 self._insert(pl_module, kernels)
@@ -246,6 +248,7 @@ class QuantInitCallback(Callback):
                 raise
 
         # layers built in the module's own `setup` or `configure_model` do not exist yet
+        vars(configure_model_then_insert)["instead_of"] = vars(pl_module).get("configure_model")
         vars(pl_module)["configure_model"] = configure_model_then_insert
 
     @override
@@ -356,6 +359,9 @@ class QuantInitCallback(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export the best checkpoint, if asked to: all have been written by now."""
+        if self._waits:  # for a training that never began: what failed before the first step fails for good
+            self._waits = ""
+            self._start(trainer, pl_module)
         if self.export is not None and trainer.is_global_zero and not _trainer.is_dry_run(trainer):
             export_best(trainer, pl_module, self.export)
 
@@ -390,8 +396,8 @@ class QuantInitCallback(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind; the quantizers stay."""
-        vars(pl_module).pop("configure_model", None)
-        vars(pl_module).pop("on_load_checkpoint", None)
+        put_back(pl_module, "configure_model")
+        put_back(pl_module, "on_load_checkpoint")
         _trainer.clip_as_usual(trainer)
         if self._tracker is not None:
             self._tracked = self._tracker.state_dict()
@@ -444,7 +450,7 @@ class QuantInitCallback(Callback):
         """Have every step in an optimizer, without weight decay; the layers that none trains."""
         layers = quantized_layers(pl_module)
         untrained = adopt_steps(layers, trainer.optimizers)
-        schedulers = _trainer.schedulers(trainer)
+        schedulers = [*_trainer.schedulers(trainer), *held_schedulers(pl_module)]
         self._followers += separate_steps(layers, trainer.optimizers, schedulers, self.step_lr_scale)
         self._settled = _groups_of(trainer)
         return untrained

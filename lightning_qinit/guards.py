@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
 
 from lightning_qinit import _trainer
 from lightning_qinit.batchnorm import fold_alike
@@ -65,7 +66,7 @@ def check_before_loading(trainer: Trainer, module: LightningModule, config: Quan
 
     In the module's ``on_load_checkpoint``, until :func:`stop_checking`.
     """
-    on_load_checkpoint = module.on_load_checkpoint
+    on_load_checkpoint, own = module.on_load_checkpoint, vars(module).get("on_load_checkpoint")
 
     def check_then_load(checkpoint: dict[str, Any]) -> None:
         settings = saved_settings(checkpoint)
@@ -79,10 +80,20 @@ def check_before_loading(trainer: Trainer, module: LightningModule, config: Quan
         fold_alike(module, checkpoint["state_dict"])
         on_load_checkpoint(checkpoint)
 
+    vars(check_then_load)["instead_of"] = own
     vars(module)["on_load_checkpoint"] = check_then_load
 
 
 def stop_checking(trainer: Trainer, module: LightningModule) -> None:
     """The checkpoint is loaded, and a module that holds a local function cannot be pickled."""
     for each in (module, *_trainer.averaged_modules(trainer)):  # copies made since `setup` hold it too
-        vars(each).pop("on_load_checkpoint", None)
+        put_back(each, "on_load_checkpoint")
+
+
+def put_back(module: nn.Module, hook: str) -> None:
+    """Undo what was put in the place of a module's hook: one that the user has set on the module itself returns."""
+    ours = vars(module).get(hook)
+    if "instead_of" in getattr(ours, "__dict__", {}):
+        own = vars(vars(module).pop(hook))["instead_of"]
+        if own is not None:
+            vars(module)[hook] = own

@@ -100,6 +100,22 @@ def test_a_change_in_place_is_seen() -> None:
     assert torch.equal(kept, quantizer(weight))
 
 
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_change_of_a_few_values_through_data_is_seen_on_a_cpu(count: int) -> None:
+    layer = nn.Sequential(nn.Linear(40, 40))
+    prepare(layer, weight_bits=8, activation_bits=None)
+    quantizer = layer[0].weight_quantizer
+    quantizer.start(torch.tensor([0.01]), 8, True)
+    quantizer.keep_weight(True)
+    x = torch.randn(3, 40)
+    with torch.no_grad():
+        before = layer(x)
+        layer[0].weight.data.flatten()[7 : 7 + count].mul_(-5)  # between those that are looked at one by one
+        changed = layer(x)
+        quantizer.keep_weight(False)
+        assert torch.equal(changed, layer(x)) and not torch.equal(changed, before)
+
+
 def test_weights_that_a_step_puts_in_through_data_are_those_evaluated(make_trainer: Callable) -> None:
     class Averaged(SmallNet):  # as modules that evaluate an average beside their weights do
         def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:

@@ -1,6 +1,7 @@
 """What the callback refuses, in one clear sentence and before anything is changed."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_qinit import QuantInitCallback, prepare
-from lightning_qinit.insertion import quantized_layers
+from lightning_qinit.insertion import QuantizedLayer, quantized_layers
 
 
 class TestBadInput:
@@ -123,6 +124,48 @@ def test_checkpoint_of_other_settings_is_refused(make_trainer, tmp_path: Path) -
     trainer.save_checkpoint(tmp_path / "two.ckpt")
     with pytest.raises(MisconfigurationException, match="weight_bits: 2 in the checkpoint, 3 in the callback"):
         make_trainer(quiet(weight_bits=3)).test(SmallNet(), loader(), ckpt_path=tmp_path / "two.ckpt")
+
+
+def test_layers_without_a_weight_stay_as_they_are() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own on such layers
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 0), nn.Linear(0, 2))
+    prepare(model)
+    assert [isinstance(layer, QuantizedLayer) for layer in model] == [True, False, False]
+
+
+@pytest.mark.parametrize("limit", [{"max_epochs": 0}, {"max_steps": 0}])
+def test_a_step_that_fails_is_said_where_there_is_only_calibration(make_trainer, limit: dict) -> None:
+    class Fails(SmallNet):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            raise KeyError("unknown")
+
+    with pytest.raises(RuntimeError, match="`Fails.training_step` raised KeyError on calibration batch 0: 'unknown'"):
+        make_trainer(quiet(), **limit).fit(Fails(), loader())
+
+
+def test_part_of_the_state_of_a_quantizer_is_refused() -> None:
+    model = SmallNet()
+    prepare(model)
+    state = {name: p.detach() for name, p in model.named_parameters()}
+    message = "quantizer 'stem.weight_quantizer' has initial_step, calibrated, signed, bits missing in the state"
+    with pytest.raises(RuntimeError, match=message):
+        model.load_state_dict(state, strict=False)
+    assert not any("quantizer" in key for key in model.load_state_dict(SmallNet().state_dict(), strict=False)[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*overrides the configure_model.*")
+def test_hooks_that_the_user_has_set_on_the_module_are_called_and_stay(make_trainer, tmp_path: Path) -> None:
+    model, calls = SmallNet(), []
+    model.on_load_checkpoint = lambda checkpoint: calls.append("load")
+    model.configure_model = lambda: calls.append("configure")
+    own = model.on_load_checkpoint, model.configure_model
+    trainer = make_trainer(quiet())
+    trainer.fit(model, loader())
+    trainer.save_checkpoint(tmp_path / "own.ckpt")
+    make_trainer(quiet()).test(model, loader(shuffle=False), ckpt_path=tmp_path / "own.ckpt", verbose=False)
+    assert calls == ["configure", "configure", "load"]
+    assert (model.on_load_checkpoint, model.configure_model) == own
 
 
 def test_lazy_layers_are_refused(make_trainer) -> None:

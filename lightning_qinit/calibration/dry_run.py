@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_qinit._trainer import isolate_rng
 from lightning_qinit.calibration.mode import calibration_mode
 from lightning_qinit.calibration.restore import restored
+from lightning_qinit.insertion import held_schedulers
 
 
 @contextmanager
@@ -19,10 +20,10 @@ def dry_run(trainer: Trainer, module: LightningModule) -> Iterator[list[Tensor]]
     """While open, ``training_step`` computes and leaves nothing behind.
 
     Modules are in :func:`calibration_mode` and gradients are off. What the step logs goes nowhere, optimizers and
-    schedulers do not step. Afterwards every parameter, buffer, attribute and container of the modules (metric states
-    and lists of outputs among them), every setting of the optimizers, every random state and whether the trainer is to
-    stop are as before, also if the step raised. A module may define ``calibration_step(batch, batch_idx)`` to be run
-    instead.
+    schedulers (also those that the module keeps for itself) do not step. Afterwards every parameter, buffer, attribute
+    and container of the modules (metric states and lists of outputs among them), every setting of the optimizers, every
+    random state and whether the trainer is to stop are as before, also if the step raised. A module may define
+    ``calibration_step(batch, batch_idx)`` to be run instead.
 
     Gives the list that losses passed to ``manual_backward`` are added to.
     """
@@ -34,6 +35,8 @@ def dry_run(trainer: Trainer, module: LightningModule) -> Iterator[list[Tensor]]
         for child in module.modules():
             if isinstance(child, LightningModule):  # one inside another may optimize by hand as well
                 stack.enter_context(_idle(child, losses))
+        for scheduler in held_schedulers(module):
+            stack.enter_context(_replaced(scheduler, {"step": _nothing}))
         if callable(step := getattr(module, "calibration_step", None)):
             stack.enter_context(_replaced(module, {"training_step": step}))
         stack.enter_context(torch.no_grad())
@@ -58,11 +61,8 @@ def _silent(trainer: Trainer) -> Iterator[None]:
 def _idle(module: LightningModule, losses: list[Tensor]) -> AbstractContextManager[None]:
     """A module whose logs and optimizers do nothing."""
 
-    def nothing(*args: Any, **kwargs: Any) -> None:
-        return None
-
     idle: dict[str, Any] = dict.fromkeys(
-        ("log", "log_dict", "toggle_optimizer", "untoggle_optimizer", "clip_gradients"), nothing
+        ("log", "log_dict", "toggle_optimizer", "untoggle_optimizer", "clip_gradients"), _nothing
     )
     idle["manual_backward"] = lambda loss, *args, **kwargs: losses.append(loss)
     optimizers, lr_schedulers = module.optimizers, module.lr_schedulers
@@ -71,16 +71,20 @@ def _idle(module: LightningModule, losses: list[Tensor]) -> AbstractContextManag
     return _replaced(module, idle)
 
 
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
 @contextmanager
-def _replaced(module: LightningModule, methods: dict[str, Any]) -> Iterator[None]:
-    before = {name: vars(module)[name] for name in methods if name in vars(module)}
-    vars(module).update(methods)
+def _replaced(thing: Any, methods: dict[str, Any]) -> Iterator[None]:
+    before = {name: vars(thing)[name] for name in methods if name in vars(thing)}
+    vars(thing).update(methods)
     try:
         yield
     finally:
         for name in methods:
-            vars(module).pop(name, None)
-        vars(module).update(before)
+            vars(thing).pop(name, None)
+        vars(thing).update(before)
 
 
 def _each(one_or_many: Any, function: Callable[[Any], Any]) -> Any:

@@ -12,5 +12,6 @@ from lightning_qinit.insertion.layers import QuantizedLayer as QuantizedLayer
 from lightning_qinit.insertion.layers import held as held
 from lightning_qinit.insertion.optimizers import Follower as Follower
 from lightning_qinit.insertion.optimizers import adopt_steps as adopt_steps
+from lightning_qinit.insertion.optimizers import held_schedulers as held_schedulers
 from lightning_qinit.insertion.optimizers import published_gradients as published_gradients
 from lightning_qinit.insertion.optimizers import separate_steps as separate_steps

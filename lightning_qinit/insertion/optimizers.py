@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from itertools import compress
 from typing import Any, NamedTuple
 
+from torch import nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -18,7 +19,9 @@ PER_GROUP = (*RATES, "lr_lambdas", "base_momentums", "max_momentums")
 
 
 def adopt_steps(layers: Mapping[str, QuantizedLayer], optimizers: Iterable[Optimizer]) -> list[str]:
-    """Add steps that no optimizer holds to the parameter group that trains their layer.
+    """Add steps that no optimizer holds to the parameter group that trains their layer: its bias, if that is apart.
+
+    (An optimizer of matrices, such as Muon, takes no vectors, and a group of vectors decays none.)
 
     Steps are parameters of the layers when ``configure_optimizers`` runs, so it usually finds them; an optimizer
     built before the Trainer ran (``LightningCLI --optimizer``) does not.
@@ -33,7 +36,8 @@ def adopt_steps(layers: Mapping[str, QuantizedLayer], optimizers: Iterable[Optim
     for name, layer in layers.items():
         learned = {id(p): p for q in layer.quantizers().values() for p in q.parameters()}  # tied weights share one
         missing = [p for p in learned.values() if id(p) not in group_of]
-        group = next((group_of[id(p)] for p in layer.parameters(recurse=False) if id(p) in group_of), None)
+        trained = sorted((p for p in layer.parameters(recurse=False) if id(p) in group_of), key=lambda p: p.dim())
+        group = group_of[id(trained[0])] if trained else None
         if missing and group is None:
             if any(p.requires_grad for p in layer.parameters(recurse=False)):
                 untrained.append(name)
@@ -72,7 +76,7 @@ def separate_steps(
     Args:
         layers: the quantized layers.
         optimizers: the optimizers of a trainer.
-        schedulers: its schedulers.
+        schedulers: its schedulers, and those that the module steps by hand.
         lr_scale: learning rate of steps relative to that of the group they come from.
 
     Returns:
@@ -85,7 +89,7 @@ def separate_steps(
     steps = {id(p) for layer in layers.values() for q in layer.quantizers().values() for p in q.parameters()}
     followers = []
     for optimizer in optimizers:
-        nested = [s for scheduler in schedulers for s in _nested(scheduler)]
+        nested = {id(s): s for scheduler in schedulers for s in _nested(scheduler)}.values()
         its_schedulers = [s for s in nested if getattr(s, "optimizer", optimizer) is optimizer]
         foreign = not its_schedulers or not all(isinstance(s, LRScheduler) for s in its_schedulers)
         for index, group in enumerate(list(optimizer.param_groups)):
@@ -140,6 +144,14 @@ def published_gradients(quantizers: Iterable[Quantizer], optimizer: Optimizer) -
 
 def _scaled(name: str, value: Any, lr_scale: float) -> Any:
     return value * lr_scale if name in RATES and value is not None else value
+
+
+def held_schedulers(module: nn.Module) -> list[LRScheduler]:
+    """The schedulers that a module keeps for itself, in attributes or in lists or mappings, to step them by hand."""
+    values = [value for child in module.modules() for value in vars(child).values()]
+    for container in [value for value in values if isinstance(value, (list, tuple, dict))]:
+        values += container.values() if isinstance(container, dict) else container
+    return [value for value in values if isinstance(value, LRScheduler)]
 
 
 def _nested(scheduler: Any) -> Iterator[Any]:

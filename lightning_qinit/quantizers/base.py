@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_qinit.checks import shorten
 from lightning_qinit.functional.fake_quantize import EXTREME, broadcast_channels
 from lightning_qinit.functional.levels import is_run
 from lightning_qinit.functional.sharded import copy_whole, whole
@@ -170,9 +171,8 @@ class Quantizer(nn.Module, ABC):
         """Forget the weight that is kept, and from here on keep the next, or do not.
 
         A quantizer that keeps its weight quantizes it once and not in every forward pass, until it or the step is
-        changed. A change through ``weight.data``, which torch does not count, is seen on the CPU if it concerns one of
-        some values looked at, and not at all on a GPU, where to look would be to wait: keep weights there only while
-        none is made.
+        changed. A change through ``weight.data``, which torch does not count, is seen on the CPU by the sum of all
+        values, and not at all on a GPU, where to look would be to wait: keep weights there only while none is made.
         """
         self.keeps_weight, self._kept = keep, ()
 
@@ -271,9 +271,27 @@ class Quantizer(nn.Module, ABC):
         self.bits.fill_(bits)
         self._remember(True, bool(signed), int(bits))
 
+    @torch.no_grad()
+    def _save_to_state_dict(self, *args: Any) -> None:
+        # callbacks that average weights may average these as well, and an average of integers is cut down: 3 to 2
+        twins = ((self.calibrated, self.is_calibrated), (self.signed, self.is_signed), (self.bits, self.n_bits))
+        for buffer, value in twins:
+            if not buffer.is_inference():
+                buffer.fill_(value)
+        super()._save_to_state_dict(*args)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if not any(key.startswith(prefix) for key in state_dict):
+        found = [key for key in state_dict if key.startswith(prefix)]
+        if not found:
             return  # a checkpoint of the float module: nothing to load, nothing missing
+        own = self.state_dict()
+        if missing := [name for name in own if prefix + name not in found]:
+            *_, errors = args  # raised by torch, also where loading is not strict
+            errors.append(
+                f"The quantizer {prefix[:-1]!r} has {shorten(missing)} missing in the state that is loaded, and would "
+                f"stay in float: save all of {', '.join(own)}."
+            )
+            return
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._remember(bool(self.calibrated), bool(self.signed), int(self.bits))
 
@@ -296,7 +314,9 @@ def ordinary_path(module: nn.Module, args: Any, output: Any) -> None:
 
 
 def _probe(x: Tensor) -> tuple[float, ...]:
-    """Some values of a parameter on the CPU, evenly spread in memory; none of one elsewhere."""
-    count = min(x.numel(), PROBES) if x.is_cpu else 0
-    step = x.numel() // max(1, count)
-    return tuple(x.detach().as_strided((count,), (step,), x.storage_offset()).tolist()) if count else ()
+    """The sum of a parameter on the CPU and some values, evenly spread in memory; nothing of one elsewhere."""
+    if not x.is_cpu or not x.numel():
+        return ()
+    x = x.detach()
+    count = min(x.numel(), PROBES)
+    return float(x.sum()), *x.as_strided((count,), (x.numel() // count,), x.storage_offset()).tolist()

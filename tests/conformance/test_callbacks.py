@@ -21,6 +21,8 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
 from torch.utils.data import DataLoader
 
+from lightning_qinit import load_from_checkpoint
+
 AVERAGING = {
     "WeightAveraging": lambda: WeightAveraging(),
     "EMAWeightAveraging": lambda: EMAWeightAveraging(decay=0.5),
@@ -53,6 +55,20 @@ def test_averaging_comes_after(make_trainer, name: str) -> None:
     assert copies and all(
         bool(q.step.isfinite().all()) and bool((q.step > 0).all()) for q in quantizers(model).values()
     )
+
+
+@pytest.mark.filterwarnings("ignore:.*swapped.*|.*swap.*|.*in a future release.*")
+def test_what_was_averaged_with_its_buffers_loads_with_the_same_bits(make_trainer, tmp_path) -> None:
+    model = SmallNet()  # 3 * 0.9 + 3 * 0.1 is a little less than 3, which as an integer is 2
+    trainer = make_trainer(quiet(weight_bits=3), EMAWeightAveraging(decay=0.9, use_buffers=True), max_epochs=2)
+    trainer.fit(model, loader())
+    trainer.save_checkpoint(tmp_path / "averaged.ckpt")
+    loaded = load_from_checkpoint(SmallNet, tmp_path / "averaged.ckpt")
+    assert {name: q.n_bits for name, q in quantizers(loaded).items()} == {
+        name: q.n_bits for name, q in quantizers(model).items()
+    }
+    x = small_data()[:8][0]
+    assert torch.equal(loaded.eval()(x), model.eval()(x))
 
 
 def test_averaged_numbers_before_the_first_update_are_those_of_the_calibrated_module(make_trainer) -> None:

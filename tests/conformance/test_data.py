@@ -1,5 +1,6 @@
 """Every way to give a Trainer data, and to limit it: training sees the batches that it would see without us."""
 
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from conftest import SmallNet, loader, quiet, small_data
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, Subset
 
 from lightning_qinit.insertion import named_quantizers, quantized_layers
 
@@ -65,6 +66,48 @@ def with_generator() -> DataLoader:
     return DataLoader(small_data(), 8, shuffle=True, generator=torch.Generator().manual_seed(3))
 
 
+class Shuffled(Sampler):
+    """Shuffles its own list in place."""
+
+    def __init__(self) -> None:
+        self.order = list(range(32))
+
+    def __iter__(self) -> Iterator[int]:
+        random.shuffle(self.order)
+        return iter(list(self.order))
+
+    def __len__(self) -> int:
+        return 32
+
+
+class Shards(IterableDataset):
+    """As do many that stream files; and counts its epochs."""
+
+    def __init__(self) -> None:
+        self.shards, self.epoch = list(range(32)), 0
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        random.shuffle(self.shards)
+        self.epoch += 1
+        items = small_data()
+        return iter([[items[i][0] * self.epoch, items[i][1]] for i in self.shards])
+
+
+class Counts(pl.LightningDataModule):
+    """Whose next loader depends on the last."""
+
+    calls = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order = list(range(32))
+
+    def train_dataloader(self) -> DataLoader:
+        random.shuffle(self.order)
+        self.calls += 1
+        return DataLoader(Subset(small_data(), self.order[self.calls :]), 8)
+
+
 SOURCES: dict[str, Callable[[], Any]] = {
     "shuffled": loader,
     "own generator": with_generator,
@@ -76,12 +119,17 @@ SOURCES: dict[str, Callable[[], Any]] = {
     "plain iterable": lambda: Batches(),
     "dict": lambda: {"a": loader(), "b": loader(batch_size=4)},
     "list of loaders": lambda: [loader(), loader()],
+    "a sampler that shuffles in place": lambda: DataLoader(small_data(), 8, sampler=Shuffled()),
+    "in batches": lambda: DataLoader(small_data(), batch_sampler=BatchSampler(Shuffled(), 8, False)),
+    "shards shuffled in place": lambda: DataLoader(Shards(), 8),
+    "datamodule that counts": Counts,
     "combined": lambda: CombinedLoader({"a": loader(), "b": loader(16)}, "min_size"),
 }
 
 
 def run(make_trainer, source: Callable[[], Any], *callbacks: pl.Callback, **limits) -> Records:
     torch.manual_seed(0)
+    random.seed(0)
     model = Records()
     data = source()
     trainer = make_trainer(*callbacks, **{"max_epochs": 2, **limits})

@@ -256,6 +256,70 @@ def test_optimizer_and_scheduler_from_the_command_line(tmp_path: Path) -> None:
     assert "moved True" in done.stdout
 
 
+HELD: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "one": lambda o: schedulers.OneCycleLR(o, 0.1, total_steps=8),  # refuses a ninth step
+    "lambda in a list": lambda o: [schedulers.LambdaLR(o, [lambda step: 0.9**step])],
+    "plateau in a mapping": lambda o: {"here": schedulers.ReduceLROnPlateau(o, patience=0, min_lr=[1e-5])},
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_a_scheduler_that_the_module_steps_itself_is_as_without_the_callback(make_trainer, name: str) -> None:
+    class Held(SmallNet):
+        automatic_optimization = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.rates: list[list[float]] = []
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            optimizer = torch.optim.SGD(self.parameters(), 0.1, weight_decay=0.1)
+            self.held = HELD[name](optimizer)
+            return optimizer
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            loss = F.cross_entropy(self(batch[0]), batch[1])
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+            values = self.held.values() if isinstance(self.held, dict) else self.held
+            for scheduler in values if isinstance(self.held, (list, dict)) else [self.held]:
+                scheduler.step(*[1.0] * ("plateau" in name))
+            self.rates.append([group["lr"] for group in optimizer.param_groups])
+
+    model, alone = Held(), Held()
+    make_trainer(quiet(), max_epochs=2).fit(model, loader())
+    make_trainer(max_epochs=2).fit(alone, loader())
+    assert model.rates == [2 * rates for rates in alone.rates]  # of weights, and of steps
+
+
+def test_steps_go_where_a_bias_is_if_no_optimizer_has_them(make_trainer) -> None:
+    def of_matrices_and_vectors(module: nn.Module) -> list[torch.optim.Optimizer]:
+        named = dict(module.named_parameters())
+        matrices = [p for name, p in named.items() if name.endswith("weight") and p.dim() == 2]
+        others = [p for name, p in named.items() if name.endswith("bias") or p.dim() == 4]
+        return [torch.optim.Muon(matrices, 0.01), torch.optim.SGD(others, 0.1)]
+
+    class Two(SmallNet):
+        automatic_optimization = False
+
+        def configure_optimizers(self) -> Any:
+            return of_matrices_and_vectors(self)
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            loss = F.cross_entropy(self(batch[0]), batch[1])
+            self.manual_backward(loss)
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+
+    model = Two()
+    trainer = make_trainer(quiet())
+    trainer.fit(model, loader())  # Muon refuses a vector
+    check_each_once(model, trainer.optimizers)
+
+
 def test_an_optimizer_over_part_of_the_parameters(make_trainer) -> None:
     model = with_optimizer(lambda m: torch.optim.SGD([*m.hidden.parameters(), *m.head.parameters()], 0.1))
     with pytest.warns(UserWarning, match="No optimizer trains stem, body, so the steps of these layers stay as calib"):

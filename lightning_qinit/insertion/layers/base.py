@@ -36,8 +36,9 @@ class QuantizedLayer(nn.Module):
 
     @classmethod
     def accepts(cls, layer: nn.Module) -> bool:
-        """Whether a float layer of the right type can be quantized: not one with complex or integer weights."""
-        return all(getattr(layer, name).is_floating_point() for name in cls.weight_names(layer))
+        """Whether a float layer of the right type can be quantized: not one with complex, integer or no weights."""
+        weights = [getattr(layer, name) for name in cls.weight_names(layer)]
+        return all(weight.is_floating_point() and weight.numel() > 0 for weight in weights)
 
     @classmethod
     def weight_names(cls, layer: nn.Module) -> tuple[str, ...]:
