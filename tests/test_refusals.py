@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_qinit import QuantInitCallback, prepare
-from lightning_qinit.insertion import QuantizedLayer, quantized_layers
+from lightning_qinit.insertion import QuantizedLayer, float_parameters, quantized_layers
 
 
 class TestBadInput:
@@ -132,6 +132,14 @@ def test_layers_without_a_weight_stay_as_they_are() -> None:
         model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 0), nn.Linear(0, 2))
     prepare(model)
     assert [isinstance(layer, QuantizedLayer) for layer in model] == [True, False, False]
+
+
+def test_a_layer_whose_forward_was_replaced_stays_in_float() -> None:
+    model = SmallNet()
+    model.hidden.forward = lambda x: nn.functional.linear(x, model.hidden.weight)
+    prepare(model)
+    assert set(quantized_layers(model)) == {"stem", "body", "head"}
+    assert float_parameters(model) == ["hidden.weight"]
 
 
 @pytest.mark.parametrize("limit", [{"max_epochs": 0}, {"max_steps": 0}])

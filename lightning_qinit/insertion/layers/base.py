@@ -36,7 +36,12 @@ class QuantizedLayer(nn.Module):
 
     @classmethod
     def accepts(cls, layer: nn.Module) -> bool:
-        """Whether a float layer of the right type can be quantized: not one with complex, integer or no weights."""
+        """Whether a float layer of the right type can be quantized.
+
+        Not one with complex, integer or no weights, nor one whose ``forward`` was replaced.
+        """
+        if "forward" in vars(layer):
+            return False
         weights = [getattr(layer, name) for name in cls.weight_names(layer)]
         return all(weight.is_floating_point() and weight.numel() > 0 for weight in weights)
 
