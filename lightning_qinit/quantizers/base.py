@@ -280,19 +280,28 @@ class Quantizer(nn.Module, ABC):
                 buffer.fill_(value)
         super()._save_to_state_dict(*args)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         found = [key for key in state_dict if key.startswith(prefix)]
         if not found:
             return  # a checkpoint of the float module: nothing to load, nothing missing
         own = self.state_dict()
         if missing := [name for name in own if prefix + name not in found]:
-            *_, errors = args  # raised by torch, also where loading is not strict
-            errors.append(
+            error_msgs.append(  # raised by torch, also where loading is not strict
                 f"The quantizer {prefix[:-1]!r} has {shorten(missing)} missing in the state that is loaded, and would "
                 f"stay in float: save all of {', '.join(own)}."
             )
             return
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        errors = missing_keys, unexpected_keys, error_msgs
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *errors)
         self._remember(bool(self.calibrated), bool(self.signed), int(self.bits))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Quantizer":
