@@ -100,6 +100,17 @@ SETTINGS = [
 ]
 
 
+def test_float_tensors_are_written_whatever_their_order_in_memory(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)).to(memory_format=torch.channels_last)
+    twin = copy.deepcopy(model)
+    x = torch.randn(2, 3, 8, 8)
+    prepare(model, skip=["0"])
+    calibrate(model, [x])
+    save_integers(model, tmp_path / "model.safetensors")
+    with torch.no_grad():
+        assert torch.allclose(load_integers(twin, tmp_path / "model.safetensors")(x), model(x), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(map(str, settings.values())))
 @pytest.mark.parametrize("name", CASES)
 def test_the_folded_module_and_the_one_loaded_from_integers_are_exact(name: str, settings: dict, tmp_path: Path):

@@ -116,6 +116,18 @@ def test_a_change_of_a_few_values_through_data_is_seen_on_a_cpu(count: int) -> N
         assert torch.equal(changed, layer(x)) and not torch.equal(changed, before)
 
 
+def test_a_step_put_in_through_data_and_an_expanded_weight() -> None:
+    quantizer = LSQ(4)
+    quantizer.start(torch.tensor([0.1]), 4, True)
+    quantizer.keep_weight(True)
+    weight = nn.Parameter(torch.randn(1, 4).expand(3, 4))
+    before = quantizer(weight).detach()
+    quantizer.relative_step.data.mul_(1.5)
+    after = quantizer(weight).detach()
+    quantizer.keep_weight(False)
+    assert torch.equal(quantizer(weight), after) and not torch.equal(before, after)
+
+
 def test_weights_that_a_step_puts_in_through_data_are_those_evaluated(make_trainer: Callable) -> None:
     class Averaged(SmallNet):  # as modules that evaluate an average beside their weights do
         def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:

@@ -268,6 +268,43 @@ def test_batchnorm_stays_where_no_kernel_would_be_won_and_the_bias_lost(tmp_path
     assert differs.double().mean() < 1e-3
 
 
+def test_batchnorm_behind_a_shared_convolution_is_folded_and_one_whose_input_is_an_answer_stays(tmp_path: Path):
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norms = nn.Conv2d(3, 4, 1), nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(4)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.norms[0](self.conv(x)).relu(), self.norms[1](self.conv(2 * x)).relu()])
+
+    class Both(Head):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.conv(x)
+            return x, self.norms[0](x)
+
+    for model in (Head(), Both()):
+        x = torch.randn(8, 3, 5, 5)
+        model.train()(x)
+        prepare(model.eval(), weight_bits=8, activation_bits=8)
+        calibrate(model, [x])
+        export_onnx(model, x, tmp_path / "model.onnx", batchnorm=True)
+        expected = model(x)
+        expected = expected[0] if isinstance(expected, tuple) else expected
+        assert (run(tmp_path / "model.onnx", x) - expected).abs().max() < 1e-5
+        kept = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
+        assert ("BatchNormalization" in kept) == isinstance(model, Both)
+
+
+def test_integers_beyond_8_bits_are_looked_up(tmp_path: Path):
+    model = nn.Sequential(nn.Linear(6, 5))
+    quantizer = {"name": "codebook", "levels": [-200, -10, 0, 200]}
+    prepare(model, weight_bits=2, activation_bits=None, first_last_bits=None, weight_quantizer=quantizer)
+    x = torch.randn(4, 6)
+    calibrate(model, [x])
+    export_onnx(model, x, tmp_path / "model.onnx")
+    assert torch.allclose(run(tmp_path / "model.onnx", x), model(x), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("gain", [0.0, 1e-6])
 def test_batchnorm_stays_where_a_channel_has_no_gain(gain: float, tmp_path: Path):
     torch.manual_seed(0)

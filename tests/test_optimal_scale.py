@@ -229,6 +229,14 @@ def test_the_unit_of_the_weights_does_not_matter(bits: int) -> None:
         assert torch.equal(same.scale, fit.scale) and torch.equal(same.error, fit.error * unit)
 
 
+@pytest.mark.parametrize("levels", [[-1.0, 1.0], [-1.0, 1e-6], [-1.5, -0.5, 0.5, 1.5], [0.0, 1e-5, 1.0]])
+@pytest.mark.parametrize("length", [2, 2**15])
+def test_the_bracket_holds_the_optimum(levels: list[float], length: int) -> None:
+    x = torch.tensor([0.3, 0.6]).repeat(length // 2)
+    fit = optimal_scale(x, torch.tensor(levels, dtype=torch.float64))
+    assert fit.lower <= fit.scale <= fit.upper
+
+
 def test_of_equal_optima_the_larger_step() -> None:
     for value in (0.3, 5.0, 1e-20):  # every step value / k is lossless
         for n in (1, 1000, 3_000_000):

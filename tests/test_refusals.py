@@ -142,6 +142,13 @@ def test_a_layer_whose_forward_was_replaced_stays_in_float() -> None:
     assert float_parameters(model) == ["hidden.weight"]
 
 
+def test_a_frozen_weight_that_is_expanded_is_no_obstacle(make_trainer) -> None:
+    model = SmallNet()
+    model.head.weight = nn.Parameter(torch.randn(1, 8).expand(3, 8), requires_grad=False)
+    make_trainer(quiet()).fit(model, loader(), loader(shuffle=False))
+    assert model.head.weight_quantizer.is_calibrated
+
+
 @pytest.mark.parametrize("limit", [{"max_epochs": 0}, {"max_steps": 0}])
 def test_a_step_that_fails_is_said_where_there_is_only_calibration(make_trainer, limit: dict) -> None:
     class Fails(SmallNet):

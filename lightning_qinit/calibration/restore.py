@@ -91,6 +91,8 @@ def _keep_container(value: Any, kind: Any, seen: set[int]) -> Restore:
 def _keep_tensor(tensor: Tensor, seen: set[int]) -> Restore:
     if id(tensor) in seen or is_lazy(tensor) or tensor.is_inference():
         return _nothing
+    if tensor.layout == torch.strided and 0 in [s for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1]:
+        return _nothing  # expanded: nothing can be written to it
     seen.add(id(tensor))
     copy = tensor.detach().clone()
 

@@ -23,6 +23,8 @@ def fold_batchnorm(model: Any) -> None:
         conv = norm.inputs[0].producer() if norm.op_type == "BatchNormalization" else None
         if conv is None or conv.op_type != "Conv" or len(conv.outputs[0].uses()) != 1:
             continue
+        if any(conv.outputs[0] is output for output in model.graph.outputs):  # which is no use
+            continue
         weight = conv.inputs[1].producer()
         constants = [_constant(value) for value in norm.inputs[1:]]
         bias = _constant(conv.inputs[2]) if len(conv.inputs) > 2 and conv.inputs[2] is not None else 0.0
@@ -78,8 +80,10 @@ def _replace(model: Any, weight: Any, scale: Any, conv: Any, norm: Any, bias: An
 
     dequantize = ir.node("DequantizeLinear", [weight.inputs[0], scale], {"axis": 0})  # output channels
     convolve = ir.Node("", "Conv", [conv.inputs[0], dequantize.outputs[0], bias], list(conv.attributes.values()))
-    for new, old in ((dequantize.outputs[0], weight.outputs[0]), (convolve.outputs[0], norm.outputs[0])):
-        new.name, new.type, new.shape = f"{old.name}.folded", old.type, old.shape
+    name = norm.outputs[0].name  # a weight may be shared, its normalization is not
+    folded = ("weight", dequantize.outputs[0], weight.outputs[0]), ("folded", convolve.outputs[0], norm.outputs[0])
+    for part, new, old in folded:
+        new.name, new.type, new.shape = f"{name}.{part}", old.type, old.shape
     model.graph.insert_before(norm, [dequantize, convolve])
     ir.convenience.replace_all_uses_with(norm.outputs[0], convolve.outputs[0], replace_graph_outputs=True)
     unused = [norm, conv] + ([weight] if len(weight.outputs[0].uses()) == 1 else [])

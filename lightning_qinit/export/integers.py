@@ -59,7 +59,8 @@ def integer_state_dict(module: nn.Module) -> dict[str, Tensor]:
         for what, frozen in frozen_inputs(layer).items():
             if isinstance(frozen, FrozenQuantizer):
                 state |= {f"{_joined(name, what)}.{part}": value for part, value in _numbers(frozen).items()}
-    return {key: value.detach().cpu().clone() for key, value in state.items()}
+    # safetensors takes no other order in memory
+    return {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
 
 
 def save_integers(module: nn.Module, path: str | PathLike[str]) -> None:

@@ -70,7 +70,7 @@ class IntegerWeight(nn.Module):
     Args:
         codes: index of the level of each value.
         scale: the step, ``(channels,)`` or ``(1,)``.
-        levels: the levels at step 1. If they are integers, the graph holds them and no indices.
+        levels: the levels at step 1. If they are integers of 8 bits, the graph holds them and no indices.
         channel_axis: the axis along which the channels run; ``None`` for one step.
     """
 
@@ -82,7 +82,8 @@ class IntegerWeight(nn.Module):
         super().__init__()
         self.axis = channel_axis or 0
         self.kind = None
-        if bool((levels == levels.round()).all()):
+        low, high = float(levels[0]), float(levels[-1])
+        if bool((levels == levels.round()).all()) and -128 <= low and high <= (127 if low < 0 else 255):
             self.kind = integer_type(int(levels[0]), int(levels[-1]))
             self.register_buffer("codes", levels.to(torch.uint8 if self.kind[0] == "U" else torch.int8)[codes])
             self.register_buffer("scale", scale if scale.numel() > 1 else scale.reshape(()))

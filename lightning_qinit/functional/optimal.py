@@ -137,7 +137,10 @@ def _solve(rows: Rows, levels: Tensor) -> tuple[Tensor, ...]:
     scale = torch.ldexp(torch.where(found, scale, 1.0), torch.where(found, exponent, 0))
     lower = torch.full_like(scale, torch.inf).scatter_reduce_(0, row, bracket.lower, "amin")
     upper = torch.zeros_like(scale).scatter_reduce_(0, row, bracket.upper, "amax")
-    return scale, squared_error(rows, levels, scale), torch.ldexp(lower, exponent), torch.ldexp(upper, exponent)
+    # levels on one side of zero, or without it, may be best at a step beyond all breakpoints
+    lower = torch.minimum(torch.ldexp(lower, exponent), scale)
+    upper = torch.maximum(torch.ldexp(upper, exponent), scale)
+    return scale, squared_error(rows, levels, scale), lower, upper
 
 
 def _in_brackets(rows: Rows, levels: Tensor, row: Tensor, bracket: Bracket) -> tuple[Tensor, Tensor]:

@@ -161,7 +161,8 @@ class Quantizer(nn.Module, ABC):
         tensors = x, self.relative_step, self.initial_step
         if any(tensor.is_inference() for tensor in tensors):  # which count no changes
             return how
-        state = (*(t._version for t in tensors), x.data_ptr(), _probe(x), self.n_bits, self.is_signed, *constants)
+        seen = *(t._version for t in tensors), x.data_ptr(), *map(_probe, tensors)
+        state = (*seen, self.n_bits, self.is_signed, *constants)
         if not self._kept or self._kept[0] is not x or self._kept[1] != state:
             with torch.inference_mode(False), torch.no_grad():  # it may have to be saved for a backward pass
                 self._kept = (x, state, rounded(x, how))
@@ -171,8 +172,8 @@ class Quantizer(nn.Module, ABC):
         """Forget the weight that is kept, and from here on keep the next, or do not.
 
         A quantizer that keeps its weight quantizes it once and not in every forward pass, until it or the step is
-        changed. A change through ``weight.data``, which torch does not count, is seen on the CPU by the sum of all
-        values, and not at all on a GPU, where to look would be to wait: keep weights there only while none is made.
+        changed. A change through ``.data``, which torch does not count, is seen on the CPU by the sum of all values,
+        and not at all on a GPU, where to look would be to wait: keep weights there only while none is made.
         """
         self.keeps_weight, self._kept = keep, ()
 
@@ -327,5 +328,7 @@ def _probe(x: Tensor) -> tuple[float, ...]:
     if not x.is_cpu or not x.numel():
         return ()
     x = x.detach()
-    count = min(x.numel(), PROBES)
-    return float(x.sum()), *x.as_strided((count,), (x.numel() // count,), x.storage_offset()).tolist()
+    total, count = float(x.sum()), min(x.numel(), PROBES)
+    if (x.storage_offset() + x.numel()) * x.itemsize > x.untyped_storage().nbytes():  # expanded
+        return (total,)
+    return total, *x.as_strided((count,), (x.numel() // count,), x.storage_offset()).tolist()
