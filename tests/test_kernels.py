@@ -223,7 +223,7 @@ def test_gradients_are_those_of_the_operation(name: str, quantizer: str, needs_g
     layer.weight_quantizer.kernels = layer.input_quantizer.kernels = "eager"
     expected = gradients(layer, x, by_hand(layer))
     assert len(expected) >= 4
-    for kernels_ in ("eager", "compiled"):
+    for kernels_ in ("eager", "compiled") if needs_gradient else ("eager",):
         layer.weight_quantizer.kernels = layer.input_quantizer.kernels = kernels_
         for got, value in zip(gradients(layer, x, layer), expected, strict=True):
             assert torch.allclose(got, value, rtol=1e-4, atol=1e-5 * float(value.abs().max()))
