@@ -82,10 +82,9 @@ def long_table(rows: Sequence[Row]) -> str:
     widths = sorted({cell.setting["bits"] for cell in found})
     lines = []
     for quantizer in QUANTIZERS:
+        own = [cell for cell in found if cell.setting["quantizer"] == quantizer]
+        by_bits = [[cell for cell in own if cell.setting["bits"] == bits] for bits in widths]
         for name in (BASE, *OTHERS):
-            by_bits = [
-                [c for c in found if (c.setting["quantizer"], c.setting["bits"]) == (quantizer, b)] for b in widths
-            ]
             costs = [_cost(chosen, name) for chosen in by_bits]
             if any(cost != "-" for cost in costs):
                 lines.append([f"{quantizer}, {name}", *costs])

@@ -291,11 +291,10 @@ class Quantizer(nn.Module, ABC):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        found = [key for key in state_dict if key.startswith(prefix)]
-        if not found:
+        if not any(key.startswith(prefix) for key in state_dict):
             return  # a checkpoint of the float module: nothing to load, nothing missing
         own = self.state_dict()
-        if missing := [name for name in own if prefix + name not in found]:
+        if missing := [name for name in own if prefix + name not in state_dict]:
             error_msgs.append(  # raised by torch, also where loading is not strict
                 f"The quantizer {prefix[:-1]!r} has {shorten(missing)} missing in the state that is loaded, and would "
                 f"stay in float: save all of {', '.join(own)}."
