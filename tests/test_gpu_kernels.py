@@ -12,11 +12,10 @@ SCRIPT = """
 import itertools, math
 from functools import partial
 import torch
-from torch import Tensor
 from lightning_qinit.quantizers import LSQ, PACT, APoT, Codebook, LSQPlus, gpu, rounding
-from lightning_qinit.quantizers.base import broadcast_channels
 
 torch.manual_seed(0)
+torch.set_grad_enabled(False)
 KINDS = {
     "uniform": partial(LSQ, 4), "binary": partial(LSQ, 1), "clip": partial(PACT, 4), "offset": partial(LSQPlus, 4),
     "few levels": partial(APoT, 3), "many levels": partial(APoT, 7),
@@ -26,28 +25,34 @@ last = torch.channels_last
 X = torch.randn(3, 4, 5, 20) * 3
 X[0, 0, 0, :4] = torch.tensor([math.nan, math.inf, -math.inf, 0.2])
 VALUES = [X, X.to(memory_format=last), X.transpose(0, 2), X[:, :, ::2].half(), X[:1, :1, :1, :1]]  # bfloat16: truncated
+VALUES.append(torch.randn(2, 5, 41, 43))  # more than the values of one program, also of a channel
 for (name, make), x, axis in itertools.product(KINDS.items(), VALUES, (None, 0, 1)):
     if axis is not None and name not in ("offset", "few levels"):
         continue
     channels = 1 if axis is None else x.shape[axis]
     q = make(channels, axis)
     q.start(torch.rand(channels) + 0.3, q.n_bits, True, torch.rand(channels) - 0.5)
-    how = q._rounding(x, broadcast_channels(q.step, x, axis), 10, x.dtype)
-    with torch.no_grad():
+    # within the bounds, at both and beyond, and NaN
+    q.relative_step.copy_(torch.tensor([1.1, 2.0**-16, 2.0**16, 2.0**17, math.nan])[torch.arange(channels) % 5])
+    if q.has_offset:
+        q.relative_offset.copy_(torch.tensor([0.2, math.nan, -(2.0**16), 0.1])[torch.arange(channels) % 4])
+    in_units = q.operand(x).how
+    assert in_units.units is not None
+    for how in (in_units, in_units.without_units(x)):
         what = name, tuple(x.shape), x.dtype, axis
         expected, got = rounding.rounded(x, how), gpu.rounded(x, how)
         assert got.dtype == expected.dtype and torch.equal(got.nan_to_num(99), expected.nan_to_num(99)), what
         assert axis is not None or got.stride() == torch.empty_like(x).stride(), what
-        x = x.nan_to_num(0.7, 99, -99)
-        for a, b in zip(gpu.changes(x, how), rounding.changes(x, how)):
+        finite = x.nan_to_num(0.7, 99, -99)
+        for a, b in zip(gpu.changes(finite, how), rounding.changes(finite, how)):
             assert (a is None) == (b is None) and (a is None or torch.equal(a, b)), what
-        for like in (x, x.contiguous()):
+        for like in (finite, finite.contiguous()):
             grad = torch.empty_like(like).copy_(torch.randn(x.shape))
-            expected = rounding.gradients(grad, x, how)
-            for a, b in zip(gpu.gradients(grad.clone(), x, how, True), expected):
+            expected = rounding.gradients(grad, finite, how)
+            for a, b in zip(gpu.gradients(grad.clone(), finite, how, True), expected):
                 assert (a is None) == (b is None), what
                 assert a is None or (a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-4)), what
-            assert torch.equal(gpu.gradients(grad, x, how, False)[0], expected[0]), what
+            assert torch.equal(gpu.gradients(grad, finite, how, False)[0], expected[0]), what
 gpu.check(torch.device("cpu"))
 """
 

@@ -19,7 +19,7 @@ from lightning_qinit.functional.levels import apot_levels
 from lightning_qinit.functional.sample import Sample
 from lightning_qinit.initializers import INITIALIZERS, initialize
 from lightning_qinit.quantizers import LSQ, PACT, APoT, Codebook, LSQPlus, Quantizer
-from lightning_qinit.quantizers.base import MAX_DRIFT
+from lightning_qinit.quantizers.relative import MAX_DRIFT
 
 BITS = (1, 2, 3, 4, 8)
 Kind = Callable[..., Quantizer]

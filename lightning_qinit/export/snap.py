@@ -27,6 +27,7 @@ def snap_offsets(module: nn.Module) -> dict[str, int]:
     zero_points = {}
     for name, quantizer in named_quantizers(quantized_layers(module)).items():
         if quantizer.active and isinstance(quantizer, LSQPlus) and quantizer.offset is not None:
+            assert quantizer.relative_offset is not None and quantizer.initial_offset is not None
             exact = -float(quantizer.offset) / float(quantizer.step)
             zero_points[name] = round(min(max(exact, quantizer.high - SPAN), quantizer.low + SPAN))
             offset = -zero_points[name] * quantizer.step

@@ -14,13 +14,10 @@ from lightning_qinit.functional.levels import is_run
 from lightning_qinit.functional.sharded import copy_whole, whole
 from lightning_qinit.quantizers.fused import Operand
 from lightning_qinit.quantizers.kernels import Kernels, is_tracing
-from lightning_qinit.quantizers.relative import relative
-from lightning_qinit.quantizers.rounding import Rounding, rounded
+from lightning_qinit.quantizers.relative import OF_OFFSET, OF_STEP, relative
+from lightning_qinit.quantizers.rounding import Rounding, Units, rounded
 from lightning_qinit.quantizers.straight_through import round_to_levels
 
-# A step may move this far from where it started, either way. Steps of trained networks move by tens of percent
-# (LSQ, section 3.5), so the bounds only catch a step that ran away.
-MAX_DRIFT = 2.0**16
 PROBES = 16  # values of a kept weight that are looked at for a change
 
 
@@ -30,7 +27,8 @@ class Quantizer(nn.Module, ABC):
     A quantizer is the identity until it is calibrated. Its state is plain tensors, so that checkpoints carry it:
     the parameter ``relative_step`` (the step in units of ``initial_step``, see
     :func:`~lightning_qinit.quantizers.relative.relative`) and the buffers ``initial_step``, ``calibrated``, ``signed``
-    and ``bits``. All keep float32 whatever precision the module is cast to.
+    and ``bits``; with an offset also ``relative_offset`` (in units of the initial step, from the initial offset) and
+    ``initial_offset``. All keep float32 whatever precision the module is cast to.
 
     ``watch``, if set, is called with the quantizer, values and quantized values whenever it quantizes; neither may be
     kept.
@@ -62,7 +60,9 @@ class Quantizer(nn.Module, ABC):
     """Whether the step receives ``level - v`` between the outer levels, or nothing."""
 
     relative_step: nn.Parameter
+    relative_offset: nn.Parameter | None
     initial_step: Tensor
+    initial_offset: Tensor | None
     calibrated: Tensor
     signed: Tensor
     bits: Tensor
@@ -92,8 +92,12 @@ class Quantizer(nn.Module, ABC):
         self._kept: tuple[Any, ...] = ()  # the weight that was quantized last, its state then, and the result
         self._settings = (bool(signed), int(bits))
         self.relative_step = nn.Parameter(torch.empty(channels, dtype=torch.float32, device=device))
-        # flags are integers, since callbacks that average weights subtract buffers, and bools cannot be subtracted
+        self.register_parameter(
+            "relative_offset", nn.Parameter(torch.empty_like(self.relative_step)) if self.has_offset else None
+        )
         self.register_buffer("initial_step", torch.empty(channels, dtype=torch.float32, device=device))
+        self.register_buffer("initial_offset", torch.empty_like(self.initial_step) if self.has_offset else None)
+        # flags are integers, since callbacks that average weights subtract buffers, and bools cannot be subtracted
         self.register_buffer("calibrated", torch.empty(1, dtype=torch.int64, device=device))
         self.register_buffer("signed", torch.empty(1, dtype=torch.int64, device=device))
         self.register_buffer("bits", torch.empty(1, dtype=torch.int64, device=device))
@@ -103,9 +107,12 @@ class Quantizer(nn.Module, ABC):
         self.register_forward_hook(ordinary_path)
 
     def reset_parameters(self) -> None:
-        """Back to before calibration: step 1, identity. Also how meta tensors are materialized."""
+        """Back to before calibration: step 1, offset 0, identity. Also how meta tensors are materialized."""
         signed, bits = self._settings
         with torch.no_grad():
+            for offset in (self.relative_offset, self.initial_offset):
+                if offset is not None:
+                    offset.zero_()
             self.relative_step.fill_(1.0)
             self.initial_step.fill_(1.0)
             self.calibrated.fill_(False)
@@ -147,15 +154,23 @@ class Quantizer(nn.Module, ABC):
                 gradient scale.
             dtype: of the result.
         """
-        return round_to_levels(x, self._rounding(x, scale, elements, dtype))
-
-    def _rounding(self, x: Tensor, scale: Tensor, elements: int, dtype: torch.dtype) -> Rounding:
         offset = self.offset
         if offset is not None:
             offset = broadcast_channels(offset, x, self.channel_axis)
+        return round_to_levels(x, self._rounding(x, scale, offset, None, elements, dtype))
+
+    def _rounding(
+        self,
+        x: Tensor,
+        scale: Tensor,
+        offset: Tensor | None,
+        units: Units | None,
+        elements: int,
+        dtype: torch.dtype,
+    ) -> Rounding:
         points = self.points if x.dtype != torch.float64 or self.uniform else self.levels.to(x)
         constants = self.uniform, self.learns_rounding, self.gradient_scale(elements), dtype, self.kernels
-        how = Rounding(scale, offset, points, *constants)
+        how = Rounding(scale, offset, points, *constants, units)
         if not self.keeps_weight or not isinstance(x, nn.Parameter) or torch.compiler.is_compiling():
             return how
         tensors = x, self.relative_step, self.initial_step
@@ -192,13 +207,14 @@ class Quantizer(nn.Module, ABC):
     @property
     def step(self) -> Tensor:
         """The step in use, ``(channels,)``: within ``initial_step`` divided or times 2^16."""
-        value = whole(self.relative_step)
-        return relative(value, None, self.initial_step, 1 / MAX_DRIFT, MAX_DRIFT, default=1.0)
+        return relative(whole(self.relative_step), None, self.initial_step, OF_STEP)
 
     @property
     def offset(self) -> Tensor | None:
-        """The offset in use, ``(channels,)``; ``None`` for quantizers without one."""
-        return None
+        """The offset in use, ``(channels,)``: within 2^16 initial steps of where it started; ``None`` without one."""
+        if self.relative_offset is None:
+            return None
+        return relative(whole(self.relative_offset), self.initial_offset, self.initial_step, OF_OFFSET)
 
     @property
     def active(self) -> bool:
@@ -229,22 +245,31 @@ class Quantizer(nn.Module, ABC):
     def operand(self, x: Tensor, dtype: torch.dtype | None = None) -> Operand | None:
         """What ``forward`` would round, and how, for an operation that does it; ``None`` if that is not all it does.
 
-        Which is so for subclasses that override :meth:`quantize` or :meth:`forward`, and where there are hooks.
+        Which is so for subclasses that quantize, or compute their step, in a way of their own, and where there are
+        hooks.
         """
-        methods = [getattr(method, "__func__", None) for method in (self.quantize, self.forward)]
-        if methods != [Quantizer.quantize, Quantizer.forward] or self._is_hooked:
+        kind, own = type(self), vars(self)
+        if kind.quantize is not Quantizer.quantize or kind.forward is not Quantizer.forward or self._is_hooked:
+            return None
+        if (
+            kind.step is not Quantizer.step
+            or kind.offset is not Quantizer.offset
+            or "quantize" in own
+            or "forward" in own
+        ):
             return None
         if not self.active or not x.is_floating_point():
             return Operand(x)
-        scale = broadcast_channels(self.step, x, self.channel_axis)
-        values = self.transform(x)
-        how = self._rounding(values, scale, self._elements_per_step(x, None), dtype or x.dtype)
+        values, offset = self.transform(x), self.relative_offset
+        units = Units(self.initial_step, self.initial_offset, self.channel_axis)
+        parameters = whole(self.relative_step), None if offset is None else whole(offset), units
+        how = self._rounding(values, *parameters, self._elements_per_step(x, None), dtype or x.dtype)
         return Operand(values, how, self.watch and partial(self.watch, self, x.detach()))
 
     @property
     def _is_hooked(self) -> bool:
-        hooks = self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks
-        return sum(map(len, hooks)) > 1  # one is that of every quantizer
+        before, after = len(self._forward_pre_hooks), len(self._forward_hooks)  # one is that of every quantizer
+        return before + after + len(self._backward_pre_hooks) + len(self._backward_hooks) > 1
 
     def _elements_per_step(self, x: Tensor, samples: int | None) -> int:
         if is_tracing():  # of which no gradient is asked, and whose sizes are no numbers
@@ -262,8 +287,12 @@ class Quantizer(nn.Module, ABC):
             step: positive and finite, ``(channels,)`` or one for all.
             bits: 1 to 8.
             signed: whether the levels reach below zero.
-            offset: as ``step``, for quantizers that learn one.
+            offset: as ``step``, for quantizers that learn one; ``None`` for 0.
         """
+        if self.relative_offset is not None and self.initial_offset is not None:
+            offset = torch.zeros_like(step) if offset is None else offset
+            self.initial_offset.copy_(offset.to(self.initial_offset).expand_as(self.initial_offset))
+            copy_whole(self.relative_offset, torch.zeros_like(self.initial_offset))
         step = step.to(self.initial_step).clamp(1 / EXTREME, EXTREME).expand_as(self.initial_step).contiguous()
         copy_whole(self.relative_step, torch.ones_like(step))
         self.initial_step.copy_(step)

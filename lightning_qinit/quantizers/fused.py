@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from lightning_qinit.quantizers.operation import Operation
-from lightning_qinit.quantizers.rounding import Rounding, changes, gradients, rounded
+from lightning_qinit.quantizers.rounding import Rounding, changes, gradients, rounded, scaled
 from lightning_qinit.quantizers.scratch import Scratch
 from lightning_qinit.quantizers.straight_through import round_to_levels
+
+Part = tuple[Tensor | None, Tensor | None, Tensor | None]  # the gradients to values, step and offset
 
 INPUT, WEIGHT = Scratch(), Scratch()
 
@@ -39,8 +41,10 @@ def fused(operation: Operation, x: Operand, weight: Operand, bias: Tensor | None
 
     To differentiate, an operation keeps its input and its weight. Here those are what they were before rounding, which
     a float model keeps as well; they are rounded once more, to the same bits, when the backward pass comes: a pass over
-    the values instead of 4 bytes for each. And since nobody else sees the quantized values and the gradients to them,
-    the former lie in memory that all layers share, and the latter become the gradients to the float values in place.
+    the values instead of 4 bytes for each. (Of a weight in a wider dtype than the operation's, as under autocast, a
+    float model keeps a copy; here that is the quantized one.) And since nobody else sees the quantized values and the
+    gradients to them, the former lie in memory that all layers share, and the latter become the gradients to the float
+    values in place.
 
     Args:
         operation: linear in the input and in the weight.
@@ -58,9 +62,10 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *tensors, bias, operation, x, weight = arguments
-        ctx.save_for_backward(*tensors)
-        ctx.operation, ctx.constants = operation, (_constants(x.how), _constants(weight.how))
-        used = _used(x.x, x.how, INPUT), _used(weight.x, weight.how, WEIGHT)
+        narrowed = weight.how is not None and weight.how.dtype.itemsize < weight.x.dtype.itemsize
+        used = _used(x.x, x.how, INPUT), _used(weight.x, weight.how, None if narrowed else WEIGHT)
+        ctx.save_for_backward(*tensors, used[1] if narrowed else None)
+        ctx.operation, ctx.how, ctx.how_weight = operation, x.how, weight.how
         for operand, values in zip((x, weight), used, strict=True):
             if operand.watch is not None:
                 operand.watch(values)
@@ -69,50 +74,86 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, offset, weight, weight_scale, weight_offset = ctx.saved_tensors
-        how = _with(ctx.constants[0], scale, offset)
-        how_weight = _with(ctx.constants[1], weight_scale, weight_offset)
+        x, _, _, weight, _, _, used_weight = ctx.saved_tensors  # raises if one of them was changed since
         operation: Operation = ctx.operation
+        how, how_weight = ctx.how, ctx.how_weight
         of_input, of_weight, of_bias = (
             any(ctx.needs_input_grad[:3]),
             any(ctx.needs_input_grad[3:6]),
             ctx.needs_input_grad[6],
         )
         data_only = how is not None and how.scale.numel() == 1 and not ctx.needs_input_grad[0]
-        used, used_weight = _used(x, how, INPUT), _used(weight, how_weight, WEIGHT)
-        wanted = of_input and not data_only, of_weight, of_bias
-        to_x, to_weight, to_bias = operation.backward(grad, used, used_weight, wanted) if any(wanted) else 3 * (None,)
-        to_input = _gradients(to_x, x, how)
-        if how is not None and data_only and of_input:
-            to_input = None, *_of_data(operation, grad, x, how, used_weight)
+        used = _used(x, how, INPUT)
+        if used_weight is None or torch.is_grad_enabled():
+            used_weight = _used(weight, how_weight, WEIGHT)
+        to_x = to_weight = to_bias = None
+        if data_only and of_input and how is not None:
+            to_input, to_weight, to_bias = _of_data(operation, grad, x, how, used, used_weight, of_bias)
+        else:
+            wanted = of_input, of_weight, of_bias
+            if any(wanted):
+                to_x, to_weight, to_bias = operation.backward(grad, used, used_weight, wanted)
+            to_input = _gradients(to_x, x, how)
+        if not of_weight:
+            to_weight = None
         return *to_input, *_gradients(to_weight, weight, how_weight), to_bias, None, None, None
 
 
+def on_data(operation: Operation, x: Tensor, how: Rounding, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``operation(rounded x, weight, bias)`` of an input that needs no gradient, such as a batch of data.
+
+    For graphs that are compiled: the step learns as in :func:`fused`, without the gradient to the input.
+    """
+    result: Tensor = OnData.apply(x, how.scale, how.offset, weight, bias, operation, how)
+    return result
+
+
+class OnData(torch.autograd.Function):
+    """See :func:`on_data`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        offset: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        operation: Operation,
+        how: Rounding,
+    ) -> Tensor:
+        ctx.save_for_backward(x, scale, offset, weight)
+        ctx.operation, ctx.how, ctx.biased = operation, how.constants, bias is not None
+        return operation(rounded(x, how), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, offset, weight = ctx.saved_tensors
+        how = ctx.how._replace(scale=scale, offset=offset)
+        used = rounded(x, how)
+        to_input, to_weight, to_bias = _of_data(ctx.operation, grad, x, how, used, weight, ctx.biased)
+        return *to_input, to_weight, to_bias, None, None
+
+
 def _of_data(
-    operation: Operation, grad: Tensor, x: Tensor, how: Rounding, weight: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients to step and offset of an input that needs none itself, such as a batch of data.
+    operation: Operation, grad: Tensor, x: Tensor, how: Rounding, used: Tensor, weight: Tensor, biased: bool
+) -> tuple[Part, Tensor, Tensor | None]:
+    """The gradients to an input that needs none itself, such as a batch of data, but its step and offset; to the
+    weight; and to the bias if there is one.
 
     The gradient to a wide input of few channels costs more than anything else in its layer. The output being linear in
     input and weight, the inner product of that gradient with any change of the input is that of the weight with the
     gradient which the weight would have if the change were the input.
     """
-
-    def gradient(change: Tensor | None) -> Tensor | None:
-        if change is None:
-            return None
-        moved = operation.backward(grad, change, weight, (False, True, False))[1]
-        assert moved is not None
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        return (moved.to(wide) * weight.to(wide)).sum().reshape(how.scale.shape) * how.gradient_scale
-
-    by_scale, by_offset = changes(x, how)
-    return gradient(by_scale), gradient(by_offset)
+    inputs = [values for values in (used, *changes(x, how)) if values is not None]
+    to_weight, *moved = operation.of_weight(grad, inputs, weight)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    products = [(part.to(wide) * weight.to(wide)).sum() for part in moved]
+    to_bias = operation.backward(grad, used, weight, (False, False, True))[2] if biased else None
+    return (None, *scaled(how, products[0], products[1] if len(products) > 1 else None)), to_weight, to_bias
 
 
-def _gradients(
-    grad: Tensor | None, x: Tensor, how: Rounding | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _gradients(grad: Tensor | None, x: Tensor, how: Rounding | None) -> Part:
     if grad is None:
         return None, None, None
     if how is None:
@@ -120,7 +161,7 @@ def _gradients(
     return gradients(grad, x, how, private=not torch.is_grad_enabled())
 
 
-def _used(x: Tensor, how: Rounding | None, scratch: Scratch) -> Tensor:
+def _used(x: Tensor, how: Rounding | None, scratch: Scratch | None) -> Tensor:
     if how is None:
         return x
     # a backward pass that is differentiated itself knows the rounding's derivatives, and keeps the result
@@ -130,11 +171,3 @@ def _used(x: Tensor, how: Rounding | None, scratch: Scratch) -> Tensor:
 def _tensors(operand: Operand) -> tuple[Tensor | None, ...]:
     x, how, _ = operand
     return (x, None, None) if how is None else (x, how.scale, how.offset)
-
-
-def _constants(how: Rounding | None) -> Rounding | None:
-    return how and how.constants
-
-
-def _with(how: Rounding | None, scale: Tensor, offset: Tensor | None) -> Rounding | None:
-    return how and how._replace(scale=scale, offset=offset)

@@ -2,7 +2,8 @@
 
 On a GPU, to call a function of ``torch.compile`` takes the host longer than the pass takes the device: its guards are
 checked at every one of the hundred passes of a training step. A Triton kernel is launched at once, on the values where
-they lie.
+they lie. Each pass is a single launch, from step and offset as they are stored to the gradients to those: what is left
+to do for the host decides how fast a training step is.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -12,20 +13,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_qinit.functional.fake_quantize import broadcast_channels
+from lightning_qinit.quantizers import relative
 from lightning_qinit.quantizers.layout import Layout
 
 if TYPE_CHECKING:
     from lightning_qinit.quantizers.rounding import Gradients, Rounding
 
-BLOCKS = 256, 4096  # values of one program: two sizes, so that few kernels are compiled
+BLOCKS = 256, 2048, 8192  # values of one program: few sizes, so that few kernels are compiled
 BIAS = tl.constexpr(1.5 * 2**23)  # added and taken away, it rounds float32 to integers, halves to even
+DRIFT = tl.constexpr(relative.MAX_DRIFT)
 PRECISE = {"enable_fp_fusion": False}  # the codes are those of the chain of operations, to the last bit
 
 
 def check(device: torch.device) -> None:
     """Raise whatever keeps these kernels from running on a device."""
     x = torch.ones(1, device=device)
-    _forward[(1,)](torch.empty_like(x), x, x, None, x, 1, 1, BLOCKS[0], 1, 0, **PRECISE)
+    _forward[(1,)](torch.empty_like(x), x, x, None, None, None, x, 1, 1, min(BLOCKS), 1, 0, **PRECISE)
 
 
 def rounded(x: Tensor, how: "Rounding") -> Tensor:
@@ -47,10 +51,16 @@ def gradients(grad: Tensor, x: Tensor, how: "Rounding", private: bool) -> "Gradi
     else:
         values = x
     to_x = grad if private and grad.dtype == x.dtype else torch.empty_like(values)
-    sums = torch.empty((1 if how.offset is None else 2, *_blocks(how, x)), dtype=torch.float32, device=x.device)
-    _launch(_backward, how, values, to_x, grad, sums, sums.stride(0), how.gradient_scale, LEARNS=how.learns_rounding)
-    to_scale, *to_offset = (part.view(how.scale.shape) for part in sums.sum(2))
-    return to_x if layout is None else layout.restored(to_x), to_scale, to_offset[0] if to_offset else None
+    to_scale = torch.empty_like(how.scale, dtype=torch.float32)
+    to_offset = None if how.offset is None else torch.empty_like(to_scale)
+    channels, _, blocks, _ = _blocks(how, x)
+    sums = ready = None
+    if blocks > 1:
+        sums = torch.empty((1 if to_offset is None else 2) * channels * blocks, dtype=torch.float32, device=x.device)
+        ready = torch.zeros(channels, dtype=torch.int32, device=x.device)
+    results = to_x, grad, to_scale, to_offset, sums, ready
+    _launch(_backward, how, values, *results, how.gradient_scale, LEARNS=how.learns_rounding)
+    return to_x if layout is None else layout.restored(to_x), to_scale, to_offset
 
 
 def changes(x: Tensor, how: "Rounding") -> tuple[Tensor, Tensor | None]:
@@ -65,27 +75,46 @@ def changes(x: Tensor, how: "Rounding") -> tuple[Tensor, Tensor | None]:
 
 def _layout(x: Tensor, how: "Rounding") -> Layout | None:
     """How to bring values to rows of channels; ``None`` where they lie so, without gaps."""
-    if how.scale.numel() == 1 or how.scale.shape[0] > 1:
-        kinds = torch.contiguous_format, *{4: [torch.channels_last], 5: [torch.channels_last_3d]}.get(x.dim(), [])
-        if any(x.is_contiguous(memory_format=kind) for kind in kinds):
+    units = how.units
+    if how.scale.numel() == 1 or (how.scale.shape[0] > 1 if units is None else units.axis == 0):
+        kind = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+        if x.is_contiguous() or (kind is not None and x.is_contiguous(memory_format=kind)):
             return None
-    return Layout(x, how.scale)
+    return Layout(x, how.scale if units is None else broadcast_channels(how.scale, x, units.axis))
 
 
-def _blocks(how: "Rounding", x: Tensor) -> tuple[int, int]:
-    """Into how many parts values are cut: channels, and blocks of each."""
+def _blocks(how: "Rounding", x: Tensor) -> tuple[int, int, int, int]:
+    """Into how many parts values are cut: channels, values of each, blocks of each, and values of a block at most."""
     channels = how.scale.numel()
     count = x.numel() // channels
-    return channels, triton.cdiv(count, BLOCKS[count > BLOCKS[0]])
+    small, middle, large = BLOCKS
+    block = small if count <= small else middle if count <= middle else large
+    return channels, count, -(-count // block), block
 
 
 def _launch(kernel: Any, how: "Rounding", x: Tensor, *arguments: Any, **constants: Any) -> None:
     """Run a kernel on every block of the values, which lie in rows of channels."""
-    channels, blocks = _blocks(how, x)
-    count, levels = x.numel() // channels, len(how.points)
+    channels, count, blocks, block = _blocks(how, x)
+    levels = how.points.shape[0]
     depth = 0 if how.uniform else (levels - 1).bit_length()  # steps of a search among the levels
-    sizes = count, blocks, BLOCKS[count > BLOCKS[0]], levels, depth
-    kernel[(channels * blocks,)](*arguments, x, how.scale, how.offset, how.points, *sizes, **constants, **PRECISE)
+    unit, start = (how.units.step, how.units.offset) if how.units is not None else (None, None)
+    kernel[(channels * blocks,)](
+        *arguments,
+        x,
+        how.scale,
+        unit,
+        how.offset,
+        start,
+        how.points,
+        count,
+        blocks,
+        block,
+        levels,
+        depth,
+        num_warps=8 if block == BLOCKS[-1] else 4,
+        **constants,
+        **PRECISE,
+    )
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -98,12 +127,32 @@ def _place(values, blocks, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _normalized(x, scale, offset, channel):  # type: ignore[no-untyped-def]
+def _within(value, low, high, default):  # type: ignore[no-untyped-def]
+    """A parameter within its bounds (see ``relative``)."""
+    return tl.where(value == value, tl.minimum(tl.maximum(value, low), high), default)
+
+
+@triton.jit
+def _of_value(grad, value, unit, low, high):  # type: ignore[no-untyped-def]
+    """The gradient to a parameter that is stored in units (see ``relative.gradient``)."""
+    grad = tl.where((value >= high) & (grad < 0), 0.0, grad)
+    grad = tl.where((value <= low) & (grad > 0), 0.0, grad)
+    return tl.div_rn(grad, unit)
+
+
+@triton.jit
+def _normalized(x, scale, unit, offset, start, channel):  # type: ignore[no-untyped-def]
     """Values in units of the step, from the offset; step and offset."""
     s = tl.load(scale + channel)
     o = 0.0
     if offset is not None:
         o = tl.load(offset + channel)
+    if unit is not None:
+        u = tl.load(unit + channel)
+        s = _within(s, 1.0 / DRIFT, DRIFT, 1.0) * u
+        if offset is not None:
+            o = tl.load(start + channel) + _within(o, -DRIFT, DRIFT, 0.0) * u
+    if offset is not None:
         x = x - o
     return x * tl.div_rn(1.0, s), s, o
 
@@ -142,10 +191,22 @@ def _slope(v, points, COUNT: tl.constexpr, DEPTH: tl.constexpr, LEARNS: tl.const
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _forward(  # type: ignore[no-untyped-def]
-    out, x, scale, offset, points, values, blocks, BLOCK: tl.constexpr, COUNT: tl.constexpr, DEPTH: tl.constexpr
+    out,
+    x,
+    scale,
+    unit,
+    offset,
+    start,
+    points,
+    values,
+    blocks,
+    BLOCK: tl.constexpr,
+    COUNT: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):
     channel, first, index, there = _place(values, blocks, BLOCK)
-    v, s, o = _normalized(tl.load(x + first + index, mask=there).to(tl.float32), scale, offset, channel)
+    x = tl.load(x + first + index, mask=there).to(tl.float32)
+    v, s, o = _normalized(x, scale, unit, offset, start, channel)
     y = _nearest(v, points, tl.load(points), tl.load(points + COUNT - 1), COUNT, DEPTH) * s
     if offset is not None:
         y = y + o
@@ -153,15 +214,35 @@ def _forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _total(part, sums, channel, blocks, last, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The sum over all blocks of a channel, in the same order every time; right in the last program alone."""
+    if sums is None:
+        total = part
+    else:
+        index = tl.arange(0, BLOCK)
+        parts = tl.zeros((BLOCK,), dtype=tl.float32)
+        for first in range(0, tl.where(last, blocks, 0), BLOCK):
+            found = sums + channel * blocks + first + index
+            # written by other programs: not to be had from this processor's own cache
+            parts += tl.load(found, mask=first + index < blocks, other=0.0, cache_modifier=".cg")
+        total = tl.sum(parts, 0)
+    return total
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _backward(  # type: ignore[no-untyped-def]
     out,
     grad,
+    to_scale,
+    to_offset,
     sums,
-    second,
+    ready,
     factor,
     x,
     scale,
+    unit,
     offset,
+    start,
     points,
     values,
     blocks,
@@ -171,13 +252,34 @@ def _backward(  # type: ignore[no-untyped-def]
     LEARNS: tl.constexpr,
 ):
     channel, first, index, there = _place(values, blocks, BLOCK)
-    v, _, _ = _normalized(tl.load(x + first + index, mask=there, other=0.0).to(tl.float32), scale, offset, channel)
+    x = tl.load(x + first + index, mask=there, other=0.0).to(tl.float32)
+    v, _, _ = _normalized(x, scale, unit, offset, start, channel)
     g = tl.load(grad + first + index, mask=there, other=0.0).to(tl.float32)
     inside, slope = _slope(v, points, COUNT, DEPTH, LEARNS)
     tl.store(out + first + index, tl.where(inside, g, 0.0).to(out.dtype.element_ty), mask=there)
-    tl.store(sums + tl.program_id(0), tl.sum(g * slope, 0) * factor)
+
+    # each program leaves its sums, and the last one of a channel adds them up
+    by_scale, by_offset = tl.sum(g * slope, 0), 0.0
     if offset is not None:
-        tl.store(sums + second + tl.program_id(0), tl.sum(tl.where(inside, 0.0, g), 0) * factor)
+        by_offset = tl.sum(tl.where(inside, 0.0, g), 0)
+    last = True
+    second = None
+    if sums is not None:
+        tl.store(sums + tl.program_id(0), by_scale)
+        if offset is not None:
+            second = sums + tl.num_programs(0)
+            tl.store(second + tl.program_id(0), by_offset)
+        tl.debug_barrier()
+        last = tl.atomic_add(ready + channel, 1, sem="acq_rel") == blocks - 1
+    by_scale = _total(by_scale, sums, channel, blocks, last, BLOCK) * factor
+    if unit is not None:
+        by_scale = _of_value(by_scale, tl.load(scale + channel), tl.load(unit + channel), 1.0 / DRIFT, DRIFT)
+    tl.store(to_scale + channel, by_scale, mask=last)
+    if offset is not None:
+        by_offset = _total(by_offset, second, channel, blocks, last, BLOCK) * factor
+        if unit is not None:
+            by_offset = _of_value(by_offset, tl.load(offset + channel), tl.load(unit + channel), -DRIFT, DRIFT)
+        tl.store(to_offset + channel, by_offset, mask=last)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -186,7 +288,9 @@ def _tangents(  # type: ignore[no-untyped-def]
     by_offset,
     x,
     scale,
+    unit,
     offset,
+    start,
     points,
     values,
     blocks,
@@ -196,7 +300,8 @@ def _tangents(  # type: ignore[no-untyped-def]
     LEARNS: tl.constexpr,
 ):
     channel, first, index, there = _place(values, blocks, BLOCK)
-    v, _, _ = _normalized(tl.load(x + first + index, mask=there, other=0.0).to(tl.float32), scale, offset, channel)
+    x = tl.load(x + first + index, mask=there, other=0.0).to(tl.float32)
+    v, _, _ = _normalized(x, scale, unit, offset, start, channel)
     inside, slope = _slope(v, points, COUNT, DEPTH, LEARNS)
     tl.store(by_scale + first + index, slope.to(by_scale.dtype.element_ty), mask=there)
     if offset is not None:

@@ -47,7 +47,7 @@ def forward(
     """
     v, scale, offset = _normalized(x, scale, offset)
     y = nearest(v, points, uniform) * scale
-    return (y if offset is None else y + offset).to(dtype)
+    return cast(y if offset is None else y + offset, dtype)
 
 
 def forward_into(out: Tensor, *arguments: Any) -> None:
@@ -66,11 +66,11 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradients to ``x``, ``scale`` and ``offset``, given that to the result of :func:`forward`."""
     v, scale, offset = _normalized(x, scale, offset)
-    wide = grad.to(v.dtype)
+    wide = cast(grad, v.dtype)
     inside, slope = _slope(v, points, uniform, learns_rounding)
-    to_scale = (wide * slope).sum_to_size(scale.shape)
-    to_offset = None if offset is None else torch.where(inside, 0.0, wide).sum_to_size(offset.shape)
-    return torch.where(inside, grad, 0.0).to(x.dtype), to_scale, to_offset
+    to_scale = _summed(wide * slope, scale)
+    to_offset = None if offset is None else _summed(torch.where(inside, 0.0, wide), offset)
+    return cast(torch.where(inside, grad, 0.0), x.dtype), to_scale, to_offset
 
 
 def backward_into(out: Tensor, *arguments: Any) -> tuple[Tensor, Tensor | None]:
@@ -99,7 +99,16 @@ def tangents(
     """How each result of :func:`forward` changes with the scale, and with the offset."""
     v, scale, offset = _normalized(x, scale, offset)
     inside, slope = _slope(v, points, uniform, learns_rounding)
-    return slope.to(dtype), None if offset is None else (~inside).to(dtype)
+    return cast(slope, dtype), None if offset is None else (~inside).to(dtype)
+
+
+def _summed(x: Tensor, like: Tensor) -> Tensor:
+    """The sum over the axes along which the other tensor has one value."""
+    if torch.compiler.is_compiling() and x.dim() > 3 and like.numel() == 1:
+        # The compiler's sum over everything walks through memory in the order of the axes, an order of magnitude slower
+        # where the channels lie last; over the channels first it reads either layout as it lies.
+        x = x.sum(1, keepdim=True)
+    return x.sum_to_size(like.shape)
 
 
 def _slope(v: Tensor, points: Tensor, uniform: bool, learns_rounding: bool) -> tuple[Tensor, Tensor]:
@@ -115,16 +124,25 @@ def _normalized(x: Tensor, scale: Tensor, offset: Tensor | None) -> tuple[Tensor
     They are multiplied with ``1 / scale``, as in torch's own fake quantization: the codes are the same to the last bit.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    scale, x = scale.to(wide), x.to(wide)
+    scale, x = cast(scale, wide), cast(x, wide)
     if offset is not None:
-        offset = offset.to(wide)
+        offset = cast(offset, wide)
         x = x - offset
     return x * scale.reciprocal(), scale, offset
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values in another dtype.
+
+    Where there is nothing to cast, to call ``Tensor.to`` in a step of autograd makes ``torch.compile`` of torch 2.11
+    return the input as one of its results, whose gradients then are 0.
+    """
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def nearest(v: Tensor, points: Tensor, uniform: bool) -> Tensor:
     """The level nearest to each normalized value; NaN stays NaN. Arguments as of :func:`forward`."""
-    points = points.to(v.dtype)
+    points = cast(points, v.dtype)
     if uniform:
         return torch.minimum(torch.maximum(v, points[0]), points[1]).round()
     thresholds = (points[1:] + points[:-1]) / 2

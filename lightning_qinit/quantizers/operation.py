@@ -1,8 +1,7 @@
 """The operations of layers with one weight, with their derivatives: what autograd would do, called by name."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,19 +11,20 @@ Wanted = tuple[bool, bool, bool]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-class Operation(ABC):
+class Operation(Protocol):
     """A function of input, weight and bias, linear in the first two."""
 
-    @abstractmethod
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The output."""
 
-    @abstractmethod
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: Wanted) -> Gradients:
         """The gradients to input, weight and bias, in memory of their own; ``None`` for those that are not wanted."""
 
+    def of_weight(self, grad: Tensor, inputs: Sequence[Tensor], weight: Tensor) -> Sequence[Tensor]:
+        """The gradients to the weight that there would be with each of the inputs."""
 
-class Product(Operation):
+
+class Product(NamedTuple):
     """``x @ weight.T + bias``."""
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -38,9 +38,15 @@ class Product(Operation):
             rows.sum(0) if wanted[2] else None,
         )
 
+    def of_weight(self, grad: Tensor, inputs: Sequence[Tensor], weight: Tensor) -> Sequence[Tensor]:
+        rows = grad.reshape(-1, grad.shape[-1])
+        return [rows.T @ x.reshape(-1, x.shape[-1]) for x in inputs]
 
-@dataclass(frozen=True)
-class Convolution(Operation):
+
+ALIGNED = 8  # channels: a convolution of fewer takes a GPU as long
+
+
+class Convolution(NamedTuple):  # torch.compile knows named tuples, where a class of our own breaks it in torch 2.11
     """A convolution over a batch, in any number of dimensions, transposed or not."""
 
     stride: Sequence[int]
@@ -51,11 +57,20 @@ class Convolution(Operation):
     groups: int
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.convolution(x, weight, bias, **vars(self))
+        return torch.convolution(x, weight, bias, *self)
 
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: Wanted) -> Gradients:
         sizes = [grad.shape[1]] if wanted[2] else None
-        result: Gradients = torch.ops.aten.convolution_backward(
-            grad, x, weight, sizes, **vars(self), output_mask=wanted
-        )
+        result: Gradients = torch.ops.aten.convolution_backward(grad, x, weight, sizes, *self, wanted)
         return result
+
+    def of_weight(self, grad: Tensor, inputs: Sequence[Tensor], weight: Tensor) -> Sequence[Tensor]:
+        count = len(inputs)
+        if grad.is_cuda and self.groups == 1 and not self.transposed and count * weight.shape[1] <= ALIGNED:
+            return self._of_weight(grad, torch.cat(list(inputs), 1), torch.cat(count * [weight], 1)).chunk(count, 1)
+        return [self._of_weight(grad, x, weight) for x in inputs]
+
+    def _of_weight(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        found = self.backward(grad, x, weight, (False, True, False))[1]
+        assert found is not None
+        return found

@@ -1,17 +1,17 @@
 """Layers of one weight, in which their output is linear."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_qinit.insertion.layers.base import QuantizedLayer
 from lightning_qinit.quantizers import Quantizer
-from lightning_qinit.quantizers.fused import Operand, fused
+from lightning_qinit.quantizers.fused import Operand, fused, on_data
 from lightning_qinit.quantizers.kernels import is_recorded
 from lightning_qinit.quantizers.operation import Operation, Product
 
@@ -41,15 +41,19 @@ class OneWeight(QuantizedLayer):
         dtype = None
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
+        bias = self.bias if self.bias is None or dtype is None else self.bias.to(dtype)
         if operation is not None and not is_recorded() and type(x) is Tensor and x.numel():
             inputs, weights = (
                 _operand(self.input_quantizer, x, dtype),
                 _operand(self.weight_quantizer, self.weight, dtype),
             )
             if inputs is not None and weights is not None and (inputs.how or weights.how):
-                bias = self.bias if self.bias is None or dtype is None else self.bias.to(dtype)
-                with torch.autocast(device, enabled=False) if dtype else nullcontext():
-                    return fused(operation, inputs, weights, bias)
+                return fused(operation, inputs, weights, bias)
+        if operation is not None and is_compiling() and torch.is_grad_enabled() and not x.requires_grad:
+            inputs = _operand(self.input_quantizer, x, dtype)
+            if inputs is not None and inputs.how is not None and inputs.watch is None and inputs.how.scale.numel() == 1:
+                weight = self.quantize_weight(self.weight, dtype=dtype)
+                return on_data(operation, inputs.x, inputs.how, weight, bias)
         return plain(self.quantize_input(x, dtype=dtype), self.quantize_weight(self.weight, dtype=dtype), self.bias)
 
 
