@@ -205,7 +205,8 @@ def test_attention(make_trainer) -> None:
 
 @pytest.mark.parametrize("quantizer", ["lsq", "lsq+", "apot"])
 def test_compiled_module(quantizer: str) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 900, 4)).cuda()
+    convolution = nn.Conv2d(3, 8, 3, bias=False)  # a bias before a BatchNorm has no gradient but for rounding
+    model = nn.Sequential(convolution, nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 900, 4)).cuda()
     prepare(model, weight_bits=4, activation_bits=4, quantizer=quantizer, first_last_bits=None)
     x = torch.randn(8, 3, 32, 32, device="cuda")
     calibrate(model, [x])
