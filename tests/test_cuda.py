@@ -23,6 +23,7 @@ pytestmark = [
     # torch's own, where it compiles
     pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
     pytest.mark.filterwarnings("ignore:GPU available but not used", "ignore:Synchronization debug mode"),
     pytest.mark.filterwarnings("ignore:RNN module weights are not part"),  # quantized ones are not one block of memory
 ]

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_qinit import calibrate, prepare
 from lightning_qinit.insertion import quantized_layers
 from lightning_qinit.quantizers import LSQ, PACT, APoT, Codebook, LSQPlus, Quantizer, kernels
+from lightning_qinit.quantizers.operation import Convolution
 
 KINDS: dict[str, Callable[..., Quantizer]] = {
     "uniform": partial(LSQ, 4),
@@ -326,6 +327,37 @@ def test_inside_a_compiled_module_without_a_graph_break() -> None:
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for got, value in zip(gradients(model, x, compiled), expected, strict=True):
         assert torch.allclose(got, value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("quantizer", ["lsq", "lsq+", "apot"])
+@pytest.mark.parametrize("layer", ["convolution", "linear"])
+def test_the_step_of_data_learns_inside_a_compiled_module(layer: str, quantizer: str) -> None:
+    torch.compiler.reset()
+    x = torch.randn(4, 3, 8, 8)
+    first = [nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, 5)]
+    model = nn.Sequential(*(first if layer == "convolution" else [nn.Flatten(), nn.Linear(192, 5), nn.Linear(5, 2)]))
+    quantized(model, x, quantizer=quantizer)
+    losses, found, flops = [], [], []
+    for forward in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        forward(x).sum().backward()  # compiles
+        model.zero_grad()
+        losses.append(forward(x).square().mean())
+        with FlopCounterMode(display=False) as counter:
+            losses[-1].backward()
+        flops.append(counter.get_total_flops())
+        found.append([p.grad.clone() for p in model.parameters()])
+    assert torch.allclose(*losses, rtol=1e-5) and flops[0] == flops[1]
+    for expected, got in zip(*found, strict=True):
+        assert torch.allclose(got, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_gradients_of_several_inputs_at_once() -> None:
+    operation = Convolution((2, 1), (1, 0), (1, 2), False, (0, 0), 1)
+    weight, inputs = torch.randn(5, 3, 3, 2), [torch.randn(4, 3, 9, 8) for _ in range(2)]
+    grad = torch.randn_like(operation(inputs[0], weight, None))
+    separate = operation.of_weight(grad, inputs, weight)
+    for one, other in zip(separate, operation.of_weight_at_once(grad, inputs, weight), strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_compiles_large_tensors_only_and_never_in_a_fast_dev_run(

@@ -291,7 +291,9 @@ def run(model: str, contestant: str, arguments: argparse.Namespace) -> dict[str,
     command = [sys.executable, __file__, "--single", "--models", model, "--contestants", contestant]
     for name in ("batch", "steps", "threads"):
         command += [f"--{name}", str(getattr(arguments, name))]
-    command += [f"--{name.replace('_', '-')}" for name in ("cpu", "compile", "channels_last") if getattr(arguments, name)]
+    command += [
+        f"--{name.replace('_', '-')}" for name in ("cpu", "compile", "channels_last") if getattr(arguments, name)
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         print(f"{model}, {contestant}: {result.stderr.strip().splitlines()[-1]}", flush=True)

@@ -248,7 +248,7 @@ class Quantizer(nn.Module, ABC):
         Which is so for subclasses that quantize, or compute their step, in a way of their own, and where there are
         hooks.
         """
-        kind, own = type(self), vars(self)
+        kind, own = type(self), self.__dict__
         if kind.quantize is not Quantizer.quantize or kind.forward is not Quantizer.forward or self._is_hooked:
             return None
         if (

@@ -123,7 +123,7 @@ class OnData(torch.autograd.Function):
         how: Rounding,
     ) -> Tensor:
         ctx.save_for_backward(x, scale, offset, weight)
-        ctx.operation, ctx.how, ctx.biased = operation, how.constants, bias is not None
+        ctx.operation, ctx.how, ctx.biased = operation, how, bias is not None
         return operation(rounded(x, how), weight, bias)
 
     @staticmethod

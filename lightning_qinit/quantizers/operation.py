@@ -65,10 +65,15 @@ class Convolution(NamedTuple):  # torch.compile knows named tuples, where a clas
         return result
 
     def of_weight(self, grad: Tensor, inputs: Sequence[Tensor], weight: Tensor) -> Sequence[Tensor]:
-        count = len(inputs)
-        if grad.is_cuda and self.groups == 1 and not self.transposed and count * weight.shape[1] <= ALIGNED:
-            return self._of_weight(grad, torch.cat(list(inputs), 1), torch.cat(count * [weight], 1)).chunk(count, 1)
+        few = len(inputs) * weight.shape[1] <= ALIGNED
+        if grad.is_cuda and few and self.groups == 1 and not self.transposed:
+            return self.of_weight_at_once(grad, inputs, weight)
         return [self._of_weight(grad, x, weight) for x in inputs]
+
+    def of_weight_at_once(self, grad: Tensor, inputs: Sequence[Tensor], weight: Tensor) -> Sequence[Tensor]:
+        """The same for a convolution without groups, not transposed: the inputs as channels of one."""
+        count = len(inputs)
+        return self._of_weight(grad, torch.cat(list(inputs), 1), torch.cat(count * [weight], 1)).chunk(count, 1)
 
     def _of_weight(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         found = self.backward(grad, x, weight, (False, True, False))[1]

@@ -67,11 +67,6 @@ class Rounding(NamedTuple):
     units: Units | None = None
     ready: Tensor | None = None
 
-    @property
-    def constants(self) -> "Rounding":
-        """All but step and offset, which autograd keeps."""
-        return self._replace(scale=None, offset=None)  # type: ignore[arg-type]
-
     def without_units(self, x: Tensor) -> "Rounding":
         """The same, with step and offset as they broadcast against the values."""
         if self.units is None:

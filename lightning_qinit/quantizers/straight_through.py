@@ -30,7 +30,7 @@ class RoundToLevels(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, how: Rounding) -> Tensor:
         ctx.save_for_backward(x, scale, offset)
-        ctx.how = how.constants
+        ctx.how = how
         return rounded(x, how)
 
     @staticmethod
