@@ -306,6 +306,25 @@ def test_with_hooks_and_while_watched_the_same() -> None:
     assert not torch.allclose(model(x), hooked[0])
 
 
+class Doubled(LSQ):
+    """A quantizer whose step is not what its parameters say."""
+
+    @property
+    def step(self) -> Tensor:
+        return 2 * super().step
+
+
+def test_a_step_of_its_own_counts() -> None:
+    layer = quantized(nn.Sequential(nn.Linear(4, 3)), torch.randn(8, 4))[0]
+    twin = Doubled(4)
+    twin.start(layer.weight_quantizer.step.detach()[:1] / 2, 4, True)
+    assert twin.operand(layer.weight) is None
+    layer.weight_quantizer = twin
+    x = torch.randn(8, 4)
+    expected = F.linear(layer.input_quantizer(x), twin(layer.weight), layer.bias)
+    assert torch.equal(layer(x), expected) and twin.step == twin.initial_step * 2
+
+
 def test_autocast_rounds_to_its_dtype_once() -> None:
     x = torch.randn(4, 3, 8, 8)
     model = quantized(network(), x)

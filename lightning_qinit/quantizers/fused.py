@@ -62,10 +62,11 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *tensors, bias, operation, x, weight = arguments
-        narrowed = weight.how is not None and weight.how.dtype.itemsize < weight.x.dtype.itemsize
-        used = _used(x.x, x.how, INPUT), _used(weight.x, weight.how, None if narrowed else WEIGHT)
+        how, how_weight = (part.how and part.how.prepared(part.x) for part in (x, weight))
+        narrowed = how_weight is not None and how_weight.dtype.itemsize < weight.x.dtype.itemsize
+        used = _used(x.x, how, INPUT), _used(weight.x, how_weight, None if narrowed else WEIGHT)
         ctx.save_for_backward(*tensors, used[1] if narrowed else None)
-        ctx.operation, ctx.how, ctx.how_weight = operation, x.how, weight.how
+        ctx.operation, ctx.how, ctx.how_weight = operation, how, how_weight
         for operand, values in zip((x, weight), used, strict=True):
             if operand.watch is not None:
                 operand.watch(values)

@@ -53,6 +53,7 @@ class Rounding(NamedTuple):
         dtype: of the result.
         kernels: whether to use compiled kernels (see :mod:`~lightning_qinit.quantizers.kernels`).
         units: those of step and offset, ``(channels,)`` then; ``None`` where they are what they are.
+        known: step and offset as they broadcast against the values, if they were found before.
         ready: the result, if it is known.
     """
 
@@ -65,17 +66,28 @@ class Rounding(NamedTuple):
     dtype: torch.dtype
     kernels: Kernels
     units: Units | None = None
+    known: tuple[Tensor, Tensor | None] | None = None
     ready: Tensor | None = None
 
     def without_units(self, x: Tensor) -> "Rounding":
         """The same, with step and offset as they broadcast against the values."""
         if self.units is None:
             return self
+        if self.known is not None and not torch.is_grad_enabled():
+            scale, offset = self.known
+            return self._replace(scale=scale, offset=offset, units=None)
         unit, start, axis = self.units
         scale, offset = relative(self.scale, None, unit, OF_STEP), self.offset
         if offset is not None:
             offset = broadcast_channels(relative(offset, start, unit, OF_OFFSET), x, axis)
         return self._replace(scale=broadcast_channels(scale, x, axis), offset=offset, units=None)
+
+    def prepared(self, x: Tensor) -> "Rounding":
+        """The same for several passes over the values: what the units make of step and offset is found once."""
+        if self.units is None or written_for(x, self.kernels):  # those kernels find it as they go
+            return self
+        plain = self.without_units(x)
+        return self._replace(known=(plain.scale, plain.offset))
 
     @property
     def columns(self) -> tuple[Tensor, Tensor | None, Tensor]:
