@@ -374,8 +374,9 @@ def test_gradients_of_several_inputs_at_once() -> None:
     operation = Convolution((2, 1), (1, 0), (1, 2), False, (0, 0), 1)
     weight, inputs = torch.randn(5, 3, 3, 2), [torch.randn(4, 3, 9, 8) for _ in range(2)]
     grad = torch.randn_like(operation(inputs[0], weight, None))
-    separate = operation.of_weight(grad, inputs, weight)
-    for one, other in zip(separate, operation.of_weight_at_once(grad, inputs, weight), strict=True):
+    separate, bias = operation.of_weight(grad, inputs, weight, True)
+    joint, same_bias = operation.of_weight_at_once(grad, inputs, weight, True)
+    for one, other in zip((*separate, bias), (*joint, same_bias), strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
 
 

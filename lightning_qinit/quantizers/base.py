@@ -248,15 +248,10 @@ class Quantizer(nn.Module, ABC):
         Which is so for subclasses that quantize, or compute their step, in a way of their own, and where there are
         hooks.
         """
-        kind, own = type(self), self.__dict__
-        if kind.quantize is not Quantizer.quantize or kind.forward is not Quantizer.forward or self._is_hooked:
-            return None
-        if (
-            kind.step is not Quantizer.step
-            or kind.offset is not Quantizer.offset
-            or "quantize" in own
-            or "forward" in own
-        ):
+        for name in ("quantize", "forward", "step", "offset"):
+            if name in self.__dict__ or getattr(type(self), name) is not getattr(Quantizer, name):
+                return None
+        if self._is_hooked:
             return None
         if not self.active or not x.is_floating_point():
             return Operand(x)

@@ -87,16 +87,13 @@ class Fused(torch.autograd.Function):
         used = _used(x, how, INPUT)
         if used_weight is None or torch.is_grad_enabled():
             used_weight = _used(weight, how_weight, WEIGHT)
-        to_x = to_weight = to_bias = None
         if data_only and of_input and how is not None:
-            to_input, to_weight, to_bias = _of_data(operation, grad, x, how, used, used_weight, of_bias)
+            to_input, to_weight, to_bias = _of_data(operation, grad, x, how, used, used_weight, of_weight, of_bias)
         else:
             wanted = of_input, of_weight, of_bias
-            if any(wanted):
-                to_x, to_weight, to_bias = operation.backward(grad, used, used_weight, wanted)
+            found = operation.backward(grad, used, used_weight, wanted) if any(wanted) else (None, None, None)
+            to_x, to_weight, to_bias = found
             to_input = _gradients(to_x, x, how)
-        if not of_weight:
-            to_weight = None
         return *to_input, *_gradients(to_weight, weight, how_weight), to_bias, None, None, None
 
 
@@ -132,26 +129,33 @@ class OnData(torch.autograd.Function):
         x, scale, offset, weight = ctx.saved_tensors
         how = ctx.how._replace(scale=scale, offset=offset)
         used = rounded(x, how)
-        to_input, to_weight, to_bias = _of_data(ctx.operation, grad, x, how, used, weight, ctx.biased)
+        to_input, to_weight, to_bias = _of_data(ctx.operation, grad, x, how, used, weight, True, ctx.biased)
         return *to_input, to_weight, to_bias, None, None
 
 
 def _of_data(
-    operation: Operation, grad: Tensor, x: Tensor, how: Rounding, used: Tensor, weight: Tensor, biased: bool
-) -> tuple[Part, Tensor, Tensor | None]:
-    """The gradients to an input that needs none itself, such as a batch of data, but its step and offset; to the
-    weight; and to the bias if there is one.
+    operation: Operation,
+    grad: Tensor,
+    x: Tensor,
+    how: Rounding,
+    used: Tensor,
+    weight: Tensor,
+    of_weight: bool,
+    of_bias: bool,
+) -> tuple[Part, Tensor | None, Tensor | None]:
+    """The gradients to an input that needs none itself, such as a batch of data, but its step and offset; and
+    those to weight and bias that are wanted.
 
     The gradient to a wide input of few channels costs more than anything else in its layer. The output being linear in
     input and weight, the inner product of that gradient with any change of the input is that of the weight with the
     gradient which the weight would have if the change were the input.
     """
-    inputs = [values for values in (used, *changes(x, how)) if values is not None]
-    to_weight, *moved = operation.of_weight(grad, inputs, weight)
+    moves = [change for change in changes(x, how) if change is not None]
+    found, to_bias = operation.of_weight(grad, [used, *moves] if of_weight else moves, weight, of_bias)
     wide = torch.promote_types(weight.dtype, torch.float32)
-    products = [(part.to(wide) * weight.to(wide)).sum() for part in moved]
-    to_bias = operation.backward(grad, used, weight, (False, False, True))[2] if biased else None
-    return (None, *scaled(how, products[0], products[1] if len(products) > 1 else None)), to_weight, to_bias
+    by_scale, *by_offset = [(part.to(wide) * weight.to(wide)).sum() for part in found[-len(moves) :]]
+    to_input = None, *scaled(how, by_scale, by_offset[0] if by_offset else None)
+    return to_input, found[0] if of_weight else None, to_bias
 
 
 def _gradients(grad: Tensor | None, x: Tensor, how: Rounding | None) -> Part:

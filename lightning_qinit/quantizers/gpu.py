@@ -117,15 +117,6 @@ def _launch(kernel: Any, how: "Rounding", x: Tensor, *arguments: Any, **constant
     )
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _place(values, blocks, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of a program: its channel, where its values begin, and which of a block there are."""
-    channel = tl.program_id(0) // blocks
-    first = (tl.program_id(0) % blocks) * BLOCK
-    index = tl.arange(0, BLOCK)
-    return channel, channel.to(tl.int64) * values + first, index, index < values - first
-
-
 @triton.jit
 def _within(value, low, high, default):  # type: ignore[no-untyped-def]
     """A parameter within its bounds (see ``relative``)."""
@@ -140,9 +131,17 @@ def _of_value(grad, value, unit, low, high):  # type: ignore[no-untyped-def]
     return tl.div_rn(grad, unit)
 
 
-@triton.jit
-def _normalized(x, scale, unit, offset, start, channel):  # type: ignore[no-untyped-def]
-    """Values in units of the step, from the offset; step and offset."""
+@triton.jit  # type: ignore[untyped-decorator]
+def _read(  # type: ignore[no-untyped-def]
+    x, scale, unit, offset, start, values, blocks, BLOCK: tl.constexpr
+):
+    """Of a program: its channel, where its values lie, which of a block there are; them in units of the step, from the
+    offset; step and offset."""
+    channel = tl.program_id(0) // blocks
+    first = (tl.program_id(0) % blocks) * BLOCK
+    index = tl.arange(0, BLOCK)
+    at, there = channel.to(tl.int64) * values + first + index, index < values - first
+    x = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
     s = tl.load(scale + channel)
     o = 0.0
     if offset is not None:
@@ -154,7 +153,7 @@ def _normalized(x, scale, unit, offset, start, channel):  # type: ignore[no-unty
             o = tl.load(start + channel) + _within(o, -DRIFT, DRIFT, 0.0) * u
     if offset is not None:
         x = x - o
-    return x * tl.div_rn(1.0, s), s, o
+    return channel, at, there, x * tl.div_rn(1.0, s), s, o
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -204,13 +203,11 @@ def _forward(  # type: ignore[no-untyped-def]
     COUNT: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    channel, first, index, there = _place(values, blocks, BLOCK)
-    x = tl.load(x + first + index, mask=there).to(tl.float32)
-    v, s, o = _normalized(x, scale, unit, offset, start, channel)
+    _, at, there, v, s, o = _read(x, scale, unit, offset, start, values, blocks, BLOCK)
     y = _nearest(v, points, tl.load(points), tl.load(points + COUNT - 1), COUNT, DEPTH) * s
     if offset is not None:
         y = y + o
-    tl.store(out + first + index, y.to(out.dtype.element_ty), mask=there)
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -251,12 +248,10 @@ def _backward(  # type: ignore[no-untyped-def]
     DEPTH: tl.constexpr,
     LEARNS: tl.constexpr,
 ):
-    channel, first, index, there = _place(values, blocks, BLOCK)
-    x = tl.load(x + first + index, mask=there, other=0.0).to(tl.float32)
-    v, _, _ = _normalized(x, scale, unit, offset, start, channel)
-    g = tl.load(grad + first + index, mask=there, other=0.0).to(tl.float32)
+    channel, at, there, v, _, _ = _read(x, scale, unit, offset, start, values, blocks, BLOCK)
+    g = tl.load(grad + at, mask=there, other=0.0).to(tl.float32)
     inside, slope = _slope(v, points, COUNT, DEPTH, LEARNS)
-    tl.store(out + first + index, tl.where(inside, g, 0.0).to(out.dtype.element_ty), mask=there)
+    tl.store(out + at, tl.where(inside, g, 0.0).to(out.dtype.element_ty), mask=there)
 
     # each program leaves its sums, and the last one of a channel adds them up
     by_scale, by_offset = tl.sum(g * slope, 0), 0.0
@@ -299,10 +294,8 @@ def _tangents(  # type: ignore[no-untyped-def]
     DEPTH: tl.constexpr,
     LEARNS: tl.constexpr,
 ):
-    channel, first, index, there = _place(values, blocks, BLOCK)
-    x = tl.load(x + first + index, mask=there, other=0.0).to(tl.float32)
-    v, _, _ = _normalized(x, scale, unit, offset, start, channel)
+    _, at, there, v, _, _ = _read(x, scale, unit, offset, start, values, blocks, BLOCK)
     inside, slope = _slope(v, points, COUNT, DEPTH, LEARNS)
-    tl.store(by_scale + first + index, slope.to(by_scale.dtype.element_ty), mask=there)
+    tl.store(by_scale + at, slope.to(by_scale.dtype.element_ty), mask=there)
     if offset is not None:
-        tl.store(by_offset + first + index, tl.where(inside, 0.0, 1.0).to(by_offset.dtype.element_ty), mask=there)
+        tl.store(by_offset + at, tl.where(inside, 0.0, 1.0).to(by_offset.dtype.element_ty), mask=there)

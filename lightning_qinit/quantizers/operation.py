@@ -9,6 +9,7 @@ from torch import Tensor
 
 Wanted = tuple[bool, bool, bool]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+OfWeight = tuple[Sequence[Tensor], Tensor | None]
 
 
 class Operation(Protocol):
@@ -20,8 +21,16 @@ class Operation(Protocol):
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: Wanted) -> Gradients:
         """The gradients to input, weight and bias, in memory of their own; ``None`` for those that are not wanted."""
 
-    def of_weight(self, grad: Tensor, inputs: Sequence[Tensor], weight: Tensor) -> Sequence[Tensor]:
-        """The gradients to the weight that there would be with each of the inputs."""
+    def of_weight(self, grad: Tensor, inputs: Sequence[Tensor], weight: Tensor, of_bias: bool) -> OfWeight:
+        """The gradients to the weight that there would be with each of the inputs; and that to the bias if wanted."""
+
+
+def _each(operation: Operation, grad: Tensor, inputs: Sequence[Tensor], weight: Tensor, of_bias: bool) -> OfWeight:
+    """As :meth:`Operation.of_weight`, input by input."""
+    first, *others = inputs
+    _, found, to_bias = operation.backward(grad, first, weight, (False, True, of_bias))
+    rest = [operation.backward(grad, x, weight, (False, True, False))[1] for x in others]
+    return [part for part in (found, *rest) if part is not None], to_bias
 
 
 class Product(NamedTuple):
@@ -38,9 +47,8 @@ class Product(NamedTuple):
             rows.sum(0) if wanted[2] else None,
         )
 
-    def of_weight(self, grad: Tensor, inputs: Sequence[Tensor], weight: Tensor) -> Sequence[Tensor]:
-        rows = grad.reshape(-1, grad.shape[-1])
-        return [rows.T @ x.reshape(-1, x.shape[-1]) for x in inputs]
+    def of_weight(self, grad: Tensor, inputs: Sequence[Tensor], weight: Tensor, of_bias: bool) -> OfWeight:
+        return _each(self, grad, inputs, weight, of_bias)
 
 
 ALIGNED = 8  # channels: a convolution of fewer takes a GPU as long
@@ -64,18 +72,15 @@ class Convolution(NamedTuple):  # torch.compile knows named tuples, where a clas
         result: Gradients = torch.ops.aten.convolution_backward(grad, x, weight, sizes, *self, wanted)
         return result
 
-    def of_weight(self, grad: Tensor, inputs: Sequence[Tensor], weight: Tensor) -> Sequence[Tensor]:
+    def of_weight(self, grad: Tensor, inputs: Sequence[Tensor], weight: Tensor, of_bias: bool) -> OfWeight:
         few = len(inputs) * weight.shape[1] <= ALIGNED
         if grad.is_cuda and few and self.groups == 1 and not self.transposed:
-            return self.of_weight_at_once(grad, inputs, weight)
-        return [self._of_weight(grad, x, weight) for x in inputs]
+            return self.of_weight_at_once(grad, inputs, weight, of_bias)
+        return _each(self, grad, inputs, weight, of_bias)
 
-    def of_weight_at_once(self, grad: Tensor, inputs: Sequence[Tensor], weight: Tensor) -> Sequence[Tensor]:
+    def of_weight_at_once(self, grad: Tensor, inputs: Sequence[Tensor], weight: Tensor, of_bias: bool) -> OfWeight:
         """The same for a convolution without groups, not transposed: the inputs as channels of one."""
         count = len(inputs)
-        return self._of_weight(grad, torch.cat(list(inputs), 1), torch.cat(count * [weight], 1)).chunk(count, 1)
-
-    def _of_weight(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        found = self.backward(grad, x, weight, (False, True, False))[1]
-        assert found is not None
-        return found
+        joint = [torch.cat(list(inputs), 1)]
+        (found,), to_bias = _each(self, grad, joint, torch.cat(count * [weight], 1), of_bias)
+        return found.chunk(count, 1), to_bias

@@ -54,7 +54,7 @@ class OneWeight(QuantizedLayer):
             if inputs is not None and inputs.how is not None and inputs.watch is None and inputs.how.scale.numel() == 1:
                 weight = self.quantize_weight(self.weight, dtype=dtype)
                 return on_data(operation, inputs.x, inputs.how, weight, bias)
-        return plain(self.quantize_input(x, dtype=dtype), self.quantize_weight(self.weight, dtype=dtype), self.bias)
+        return plain(self.quantize_input(x, dtype=dtype), self.quantize_weight(self.weight, dtype=dtype), bias)
 
 
 def _operand(quantizer: nn.Module | None, x: Tensor, dtype: torch.dtype | None) -> Operand | None:
