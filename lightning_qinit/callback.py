@@ -123,10 +123,9 @@ class QuantInitCallback(Callback):
             et al., ICML 2022); 0 for none.
         freeze_oscillating: freeze weights whose integer flips back and forth at more than this rate (same source), such
             as 0.01; ``None`` freezes none.
-        kernels: ``"auto"`` runs quantizers as compiled kernels (of ``torch.compile``, on a GPU of Triton), several
-            times faster than as a chain of operations, on large tensors and where a compiler is found (the first run
-            compiles for some seconds; a ``fast_dev_run`` does not); ``"compiled"`` always, and fails where it cannot;
-            ``"eager"`` never.
+        kernels: ``"auto"`` runs quantizers as kernels (C++, on a GPU Triton), several times faster than as a chain of
+            operations, where a compiler is found (the first run on a machine compiles for some seconds; a
+            ``fast_dev_run`` does not); ``"compiled"`` fails where none is; ``"eager"`` never compiles.
         print_report: whether to print the table of steps and errors after calibration.
         export: where to write the best checkpoint at the end of ``fit``, or the module as it is then if the trainer
             keeps no checkpoints: ``"model.onnx"`` as an ONNX graph for the module's ``example_input_array``,

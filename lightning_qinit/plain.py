@@ -37,8 +37,7 @@ def prepare(
         module: any module.
         skip: glob patterns of layer names to leave in float.
         overrides: glob patterns of layer names to settings that differ there.
-        kernels: whether quantizers run as compiled kernels, as in
-            :class:`~lightning_qinit.QuantInitCallback`.
+        kernels: whether quantizers run as kernels, as in :class:`~lightning_qinit.QuantInitCallback`.
         **settings: ``weight_bits``, ``activation_bits``, ``quantizer`` and ``initializer`` (also with ``weight_`` or
             ``activation_`` before them), ``per_channel`` and ``first_last_bits``, as in
             :class:`~lightning_qinit.QuantInitCallback`.

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 
 from lightning_qinit import LSQ, load_from_checkpoint, prepare
-from lightning_qinit.quantizers import rounding
+from lightning_qinit.quantizers import cpu
 
 
 class Counter(pl.Callback):
@@ -20,15 +20,15 @@ class Counter(pl.Callback):
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...] = (4, 4, 3, 3)) -> None:
         self.counts = {"train": 0, "validate": 0}
-        forward = rounding.forward
+        rounded = cpu.rounded
 
         def counted(x: Tensor, *arguments: object) -> Tensor:
             if x.shape == shape and torch._C._current_graph_task_id() < 0:  # not in a backward pass
                 self.counts["train" if torch.is_grad_enabled() or self.training else "validate"] += 1
-            return forward(x, *arguments)
+            return rounded(x, *arguments)
 
         self.training = True
-        monkeypatch.setattr(rounding, "forward", counted)
+        monkeypatch.setattr(cpu, "rounded", counted)
 
     def on_validation_start(self, *arguments: object) -> None:
         self.training = False

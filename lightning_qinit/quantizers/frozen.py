@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qinit.quantizers.base import Quantizer, ordinary_path
-from lightning_qinit.quantizers.kernels import forward
+from lightning_qinit.quantizers.chain import forward
 
 
 class FrozenQuantizer(nn.Module):

@@ -62,7 +62,7 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *tensors, bias, operation, x, weight = arguments
-        how, how_weight = (part.how and part.how.prepared(part.x) for part in (x, weight))
+        how, how_weight = x.how, weight.how
         narrowed = how_weight is not None and how_weight.dtype.itemsize < weight.x.dtype.itemsize
         used = _used(x.x, how, INPUT), _used(weight.x, how_weight, None if narrowed else WEIGHT)
         ctx.save_for_backward(*tensors, used[1] if narrowed else None)

@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_qinit.functional.fake_quantize import broadcast_channels
 from lightning_qinit.quantizers import relative
 from lightning_qinit.quantizers.layout import Layout
+from lightning_qinit.quantizers.scratch import Scratch
 
 if TYPE_CHECKING:
     from lightning_qinit.quantizers.rounding import Gradients, Rounding
@@ -32,8 +33,8 @@ def check(device: torch.device) -> None:
     _forward[(1,)](torch.empty_like(x), x, x, None, None, None, x, 1, 1, min(BLOCKS), 1, 0, **PRECISE)
 
 
-def rounded(x: Tensor, how: "Rounding") -> Tensor:
-    """As :func:`~lightning_qinit.quantizers.rounding.rounded`."""
+def rounded(x: Tensor, how: "Rounding", scratch: Scratch | None) -> Tensor:
+    """As :func:`~lightning_qinit.quantizers.rounding.rounded`, in new memory, since torch keeps what is freed."""
     layout = _layout(x, how)
     values = x if layout is None else layout.flat(x).contiguous()
     out = torch.empty_like(values, dtype=how.dtype)

@@ -1,6 +1,5 @@
 """How values lie in memory, for kernels that take them as two axes."""
 
-import torch
 from torch import Tensor
 
 
@@ -13,7 +12,7 @@ class Layout:
     """
 
     def __init__(self, x: Tensor, scale: Tensor) -> None:
-        strides, self.channels, self.count = x.stride(), scale.numel(), x.numel()
+        strides, self.channels = x.stride(), scale.numel()
         axes = list(range(x.dim()))
         self.plain = x.is_contiguous() and (self.channels == 1 or scale.shape[0] > 1)
         if not self.plain:
@@ -31,13 +30,3 @@ class Layout:
     def restored(self, flat: Tensor) -> Tensor:
         """A view of them in their shape, each where it was."""
         return flat.view(self.shape) if self.plain else flat.view(self.shape).permute(self.order)
-
-    def empty(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Room for results that lie in the same order; no view, so that it may be changed in place later."""
-        if self.plain:
-            return torch.empty(self.shape, dtype=dtype, device=device)
-        strides = [1]
-        for size in self.shape[:0:-1]:
-            strides.insert(0, strides[0] * size)
-        shape = [self.shape[place] for place in self.order]
-        return torch.empty_strided(shape, [strides[place] for place in self.order], dtype=dtype, device=device)

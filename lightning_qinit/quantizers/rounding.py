@@ -1,25 +1,13 @@
-"""Rounding to the nearest level and its derivatives, each pass by a compiled kernel or the chain of operations."""
+"""Rounding to the nearest level and its derivatives, each pass by a kernel or the chain of operations."""
 
-from functools import partial
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_qinit.functional.fake_quantize import broadcast_channels
-from lightning_qinit.quantizers.kernels import (
-    BACKWARD,
-    BACKWARD_OVER,
-    FORWARD,
-    TANGENTS,
-    Kernels,
-    are_compiled,
-    backward,
-    forward,
-    tangents,
-    written_for,
-)
-from lightning_qinit.quantizers.layout import Layout
+from lightning_qinit.quantizers.chain import backward, forward, tangents
+from lightning_qinit.quantizers.kernels import Kernels, written_for
 from lightning_qinit.quantizers.relative import OF_OFFSET, OF_STEP, gradient, relative
 from lightning_qinit.quantizers.scratch import Scratch
 
@@ -53,7 +41,6 @@ class Rounding(NamedTuple):
         dtype: of the result.
         kernels: whether to use compiled kernels (see :mod:`~lightning_qinit.quantizers.kernels`).
         units: those of step and offset, ``(channels,)`` then; ``None`` where they are what they are.
-        known: step and offset as they broadcast against the values, if they were found before.
         ready: the result, if it is known.
     """
 
@@ -66,34 +53,17 @@ class Rounding(NamedTuple):
     dtype: torch.dtype
     kernels: Kernels
     units: Units | None = None
-    known: tuple[Tensor, Tensor | None] | None = None
     ready: Tensor | None = None
 
     def without_units(self, x: Tensor) -> "Rounding":
         """The same, with step and offset as they broadcast against the values."""
         if self.units is None:
             return self
-        if self.known is not None and not torch.is_grad_enabled():
-            scale, offset = self.known
-            return self._replace(scale=scale, offset=offset, units=None)
         unit, start, axis = self.units
         scale, offset = relative(self.scale, None, unit, OF_STEP), self.offset
         if offset is not None:
             offset = broadcast_channels(relative(offset, start, unit, OF_OFFSET), x, axis)
         return self._replace(scale=broadcast_channels(scale, x, axis), offset=offset, units=None)
-
-    def prepared(self, x: Tensor) -> "Rounding":
-        """The same for several passes over the values: what the units make of step and offset is found once."""
-        if self.units is None or written_for(x, self.kernels):  # those kernels find it as they go
-            return self
-        plain = self.without_units(x)
-        return self._replace(known=(plain.scale, plain.offset))
-
-    @property
-    def columns(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Step, offset and levels as kernels take them."""
-        offset = None if self.offset is None else self.offset.detach().reshape(-1, 1)
-        return self.scale.detach().reshape(-1, 1), offset, self.points
 
 
 def rounded(x: Tensor, how: Rounding, scratch: Scratch | None = None) -> Tensor:
@@ -106,17 +76,10 @@ def rounded(x: Tensor, how: Rounding, scratch: Scratch | None = None) -> Tensor:
     """
     if how.ready is not None:
         return how.ready.detach()
-    compiled = are_compiled(x, how.kernels)
-    if compiled and (gpu := written_for(x, how.kernels)):
-        return cast(Tensor, gpu.rounded(x, how))
+    if kernels := written_for(x, how.dtype, how.kernels):
+        return kernels.rounded(x, how, scratch)
     how = how.without_units(x)
-    if not compiled:
-        return forward(x, how.scale, how.offset, how.points, how.uniform, how.dtype)
-    layout = Layout(x, how.scale)
-    room = layout.empty if scratch is None else partial(scratch.empty, layout)
-    out = room(how.dtype, x.device)
-    FORWARD(layout.flat(out), layout.flat(x), *how.columns, how.uniform, how.dtype, force=how.kernels == "compiled")
-    return out
+    return forward(x, how.scale, how.offset, how.points, how.uniform, how.dtype)
 
 
 def gradients(grad: Tensor, x: Tensor, how: Rounding, private: bool = False) -> Gradients:
@@ -132,26 +95,13 @@ def gradients(grad: Tensor, x: Tensor, how: Rounding, private: bool = False) -> 
         how: the rounding.
         private: whether ``grad`` is seen by nobody else, so that the gradient to ``x`` may be written over it.
     """
-    compiled = are_compiled(x, how.kernels)
-    if compiled and (gpu := written_for(x, how.kernels)):
-        return cast(Gradients, gpu.gradients(grad, x, how, private))
-    given, how = how, how.without_units(x)
-    constants = how.uniform, how.learns_rounding
-    if not compiled:
-        to_x, to_scale, to_offset = backward(grad, x, how.scale, how.offset, how.points, *constants)
-    else:
-        layout, force = Layout(x, how.scale), how.kernels == "compiled"
-        values = layout.flat(grad)
-        its_own = values.data_ptr() == grad.data_ptr()  # not a copy in another order
-        if private and its_own and grad.dtype == x.dtype and grad.stride() == x.stride():
-            to_x = grad
-            to_scale, to_offset = BACKWARD_OVER(values, layout.flat(x), *how.columns, *constants, force=force)
-        else:
-            to_x = layout.empty(x.dtype, x.device)
-            to_scale, to_offset = BACKWARD(
-                layout.flat(to_x), values, layout.flat(x), *how.columns, *constants, force=force
-            )
-    return to_x, *scaled(given, to_scale, to_offset)
+    if kernels := written_for(x, grad.dtype, how.kernels):
+        return kernels.gradients(grad, x, how, private)
+    plain = how.without_units(x)
+    to_x, to_scale, to_offset = backward(
+        grad, x, plain.scale, plain.offset, how.points, how.uniform, how.learns_rounding
+    )
+    return to_x, *scaled(how, to_scale, to_offset)
 
 
 def scaled(how: Rounding, to_scale: Tensor, to_offset: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -169,13 +119,7 @@ def scaled(how: Rounding, to_scale: Tensor, to_offset: Tensor | None) -> tuple[T
 
 def changes(x: Tensor, how: Rounding) -> tuple[Tensor, Tensor | None]:
     """How each rounded value changes with the step, and with the offset, in the dtype of the result."""
-    compiled = are_compiled(x, how.kernels)
-    if compiled and (gpu := written_for(x, how.kernels)):
-        return cast(tuple[Tensor, Tensor | None], gpu.changes(x, how))
+    if kernels := written_for(x, how.dtype, how.kernels):
+        return kernels.changes(x, how)
     how = how.without_units(x)
-    constants = how.uniform, how.learns_rounding, how.dtype
-    if not compiled:
-        return tangents(x, how.scale, how.offset, how.points, *constants)
-    layout = Layout(x, how.scale)
-    by_scale, by_offset = TANGENTS(layout.flat(x), *how.columns, *constants, force=how.kernels == "compiled")
-    return layout.restored(by_scale), None if by_offset is None else layout.restored(by_offset)
+    return tangents(x, how.scale, how.offset, how.points, how.uniform, how.learns_rounding, how.dtype)

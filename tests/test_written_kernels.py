@@ -1,4 +1,4 @@
-"""The kernels written for GPUs, against the chain of operations, in Triton's interpreter on the CPU."""
+"""The written kernels against the chain of operations; those for GPUs in Triton's interpreter, on the CPU."""
 
 import os
 import subprocess
@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-pytest.importorskip("triton")
-
 SCRIPT = """
-import itertools, math
+import importlib, itertools, math, sys
 from functools import partial
 import torch
-from lightning_qinit.quantizers import LSQ, PACT, APoT, Codebook, LSQPlus, gpu, rounding
+from lightning_qinit.quantizers import LSQ, PACT, APoT, Codebook, LSQPlus, rounding
+
+kernels = importlib.import_module("lightning_qinit.quantizers." + sys.argv[1])
 
 torch.manual_seed(0)
 torch.set_grad_enabled(False)
@@ -36,28 +36,32 @@ for (name, make), x, axis in itertools.product(KINDS.items(), VALUES, (None, 0, 
     q.relative_step.copy_(torch.tensor([1.1, 2.0**-16, 2.0**16, 2.0**17, math.nan])[torch.arange(channels) % 5])
     if q.has_offset:
         q.relative_offset.copy_(torch.tensor([0.2, math.nan, -(2.0**16), 0.1])[torch.arange(channels) % 4])
+    q.kernels = "eager"
     in_units = q.operand(x).how
     assert in_units.units is not None
     for how in (in_units, in_units.without_units(x)):
         what = name, tuple(x.shape), x.dtype, axis
-        expected, got = rounding.rounded(x, how), gpu.rounded(x, how)
+        expected, got = rounding.rounded(x, how), kernels.rounded(x, how, None)
         assert got.dtype == expected.dtype and torch.equal(got.nan_to_num(99), expected.nan_to_num(99)), what
         assert axis is not None or got.stride() == torch.empty_like(x).stride(), what
         finite = x.nan_to_num(0.7, 99, -99)
-        for a, b in zip(gpu.changes(finite, how), rounding.changes(finite, how)):
+        for a, b in zip(kernels.changes(finite, how), rounding.changes(finite, how)):
             assert (a is None) == (b is None) and (a is None or torch.equal(a, b)), what
         for like in (finite, finite.contiguous()):
             grad = torch.empty_like(like).copy_(torch.randn(x.shape))
             expected = rounding.gradients(grad, finite, how)
-            for a, b in zip(gpu.gradients(grad.clone(), finite, how, True), expected):
+            for a, b in zip(kernels.gradients(grad.clone(), finite, how, True), expected):
                 assert (a is None) == (b is None), what
                 assert a is None or (a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-4)), what
-            assert torch.equal(gpu.gradients(grad, finite, how, False)[0], expected[0]), what
-gpu.check(torch.device("cpu"))
+            assert torch.equal(kernels.gradients(grad, finite, how, False)[0], expected[0]), what
+kernels.check(torch.device("cpu"))
 """
 
 
-def test_kernels_are_the_chain() -> None:
+@pytest.mark.parametrize("kernels", ["cpu", "gpu"])
+def test_kernels_are_the_chain(kernels: str) -> None:
+    if kernels == "gpu":
+        pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", SCRIPT, kernels], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
