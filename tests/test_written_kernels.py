@@ -11,10 +11,12 @@ import importlib, itertools, math, sys
 from functools import partial
 import torch
 from lightning_qinit.quantizers import LSQ, PACT, APoT, Codebook, LSQPlus, rounding
+from lightning_qinit.quantizers.scratch import Scratch
 
 kernels = importlib.import_module("lightning_qinit.quantizers." + sys.argv[1])
 
 torch.manual_seed(0)
+scratch = Scratch()
 torch.set_grad_enabled(False)
 KINDS = {
     "uniform": partial(LSQ, 4), "binary": partial(LSQ, 1), "clip": partial(PACT, 4), "offset": partial(LSQPlus, 4),
@@ -53,7 +55,12 @@ for (name, make), x, axis in itertools.product(KINDS.items(), VALUES, (None, 0, 
             for a, b in zip(kernels.gradients(grad.clone(), finite, how, True), expected):
                 assert (a is None) == (b is None), what
                 assert a is None or (a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-4)), what
-            assert torch.equal(kernels.gradients(grad, finite, how, False)[0], expected[0]), what
+            to_x, *_ = kernels.gradients(grad, finite, how, False)
+            assert torch.equal(to_x, expected[0]), what
+            used, found = kernels.rounded_with_gradients(grad.clone(), finite, how, scratch)
+            assert torch.equal(used, rounding.rounded(finite, how)), what
+            for a, b in zip(found, kernels.gradients(grad, finite, how, False)):
+                assert a is None or torch.equal(a, b), what
 kernels.check(torch.device("cpu"))
 """
 

@@ -144,6 +144,12 @@ struct Block {
     for (int64_t i = 0; i < size; i++) v[i] = (static_cast<float>(x[i]) - shift) * inverse;
     levels.nearest(level, v, size);
   }
+
+  void write(Out* out, int64_t size, float step, float shift) const {
+    const float* level = this->level;
+#pragma omp simd
+    for (int64_t i = 0; i < size; i++) out[i] = static_cast<Out>(level[i] * step + shift);
+  }
 };
 
 }  // namespace
@@ -161,20 +167,19 @@ extern "C" void forward(Out* out, PARAMETERS) {
   values.for_each_block([&](int64_t channel, int64_t first, int64_t size, int64_t) {
     const float step = points.step(channel), shift = points.shift(channel);
     const Block block(x + first, size, step, shift, levels);
-    const float* level = block.level;
-    Out* to = out + first;
-#pragma omp simd
-    for (int64_t i = 0; i < size; i++) to[i] = static_cast<Out>(level[i] * step + shift);
+    block.write(out + first, size, step, shift);
   });
 }
 
-// `to_x` may be `grad` itself.
-extern "C" void backward(In* to_x, const Out* grad, float* to_scale, float* to_offset, PARAMETERS,
+// `to_x` may be `grad` itself; `out`, if there is one, receives what `forward` gives.
+extern "C" void backward(In* to_x, const Out* grad, float* to_scale, float* to_offset, Out* out, PARAMETERS,
                          bool learns_rounding, float factor) {
   READ_PARAMETERS;
   std::vector<float> by_scale(values.blocks()), by_offset(values.blocks());
   values.for_each_block([&](int64_t channel, int64_t first, int64_t size, int64_t index) {
-    const Block block(x + first, size, points.step(channel), points.shift(channel), levels);
+    const float step = points.step(channel), shift = points.shift(channel);
+    const Block block(x + first, size, step, shift, levels);
+    if (out) block.write(out + first, size, step, shift);
     const float *v = block.v, *level = block.level, low = levels.low(), high = levels.high(), learns = learns_rounding;
     const Out* from = grad + first;
     In* to = to_x + first;

@@ -25,7 +25,7 @@ ADDRESS, SIZE, COUNT, FLAG, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_i
 PARAMETERS = *6 * [ADDRESS], *3 * [SIZE], COUNT, COUNT, FLAG
 FUNCTIONS = {
     "forward": (ADDRESS, *PARAMETERS),
-    "backward": (*4 * [ADDRESS], *PARAMETERS, FLAG, NUMBER),
+    "backward": (*5 * [ADDRESS], *PARAMETERS, FLAG, NUMBER),
     "tangents": (*2 * [ADDRESS], *PARAMETERS, FLAG),
 }
 
@@ -45,13 +45,23 @@ def rounded(x: Tensor, how: "Rounding", scratch: Scratch | None) -> Tensor:
 
 def gradients(grad: Tensor, x: Tensor, how: "Rounding", private: bool) -> "Gradients":
     """As :func:`~lightning_qinit.quantizers.rounding.gradients`."""
+    return _backward(grad, _without_gaps(x), how, private, None)
+
+
+def rounded_with_gradients(grad: Tensor, x: Tensor, how: "Rounding", scratch: Scratch) -> tuple[Tensor, "Gradients"]:
+    """As :func:`~lightning_qinit.quantizers.rounding.rounded_with_gradients`, in one pass."""
     x = _without_gaps(x)
+    out = scratch.empty(x, how.dtype)
+    return out, _backward(grad, x, how, True, out)
+
+
+def _backward(grad: Tensor, x: Tensor, how: "Rounding", private: bool, out: Tensor | None) -> "Gradients":
     if grad.stride() != x.stride():
         grad, private = torch.empty_like(x, dtype=grad.dtype).copy_(grad), True
     to_x = grad if private and grad.dtype == x.dtype else torch.empty_like(x)
     to_scale = torch.empty_like(how.scale, dtype=torch.float32)
     to_offset = None if how.offset is None else torch.empty_like(how.offset, dtype=torch.float32)
-    results = to_x, grad, to_scale, to_offset
+    results = to_x, grad, to_scale, to_offset, out
     _call(_library(x.dtype, grad.dtype).backward, results, x, how, how.learns_rounding, how.gradient_scale)
     return to_x, to_scale, to_offset
 

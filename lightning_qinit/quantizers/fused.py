@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_qinit.quantizers.operation import Operation
-from lightning_qinit.quantizers.rounding import Rounding, changes, gradients, rounded, scaled
+from lightning_qinit.quantizers.rounding import Rounding, changes, gradients, rounded, rounded_with_gradients, scaled
 from lightning_qinit.quantizers.scratch import Scratch
 from lightning_qinit.quantizers.straight_through import round_to_levels
 
@@ -83,15 +83,20 @@ class Fused(torch.autograd.Function):
             any(ctx.needs_input_grad[3:6]),
             ctx.needs_input_grad[6],
         )
-        data_only = how is not None and how.scale.numel() == 1 and not ctx.needs_input_grad[0]
-        used = _used(x, how, INPUT)
         if used_weight is None or torch.is_grad_enabled():
             used_weight = _used(weight, how_weight, WEIGHT)
-        if data_only and of_input and how is not None:
-            to_input, to_weight, to_bias = _of_data(operation, grad, x, how, used, used_weight, of_weight, of_bias)
+        if of_input and how is not None and how.scale.numel() == 1 and not ctx.needs_input_grad[0]:
+            to_input, to_weight, to_bias = _of_data(
+                operation, grad, x, how, _used(x, how, INPUT), used_weight, of_weight, of_bias
+            )
+        elif of_input and of_weight and how is not None and _in_one_pass(x, how):
+            to_x, _, _ = operation.backward(grad, x, used_weight, (True, False, False))
+            assert to_x is not None
+            used, to_input = rounded_with_gradients(to_x, x, how, INPUT)
+            _, to_weight, to_bias = operation.backward(grad, used, used_weight, (False, True, of_bias))
         else:
             wanted = of_input, of_weight, of_bias
-            found = operation.backward(grad, used, used_weight, wanted) if any(wanted) else (None, None, None)
+            found = operation.backward(grad, _used(x, how, INPUT), used_weight, wanted) if any(wanted) else 3 * (None,)
             to_x, to_weight, to_bias = found
             to_input = _gradients(to_x, x, how)
         return *to_input, *_gradients(to_weight, weight, how_weight), to_bias, None, None, None
@@ -156,6 +161,15 @@ def _of_data(
     by_scale, *by_offset = [(part.to(wide) * weight.to(wide)).sum() for part in found[-len(moves) :]]
     to_input = None, *scaled(how, by_scale, by_offset[0] if by_offset else None)
     return to_input, found[0] if of_weight else None, to_bias
+
+
+def _in_one_pass(x: Tensor, how: Rounding) -> bool:
+    """Whether an input is best rounded again when its gradient is there, in one pass for both.
+
+    The gradient is found without the input, of which it needs the shape alone. On a CPU an operation finds the
+    gradients one after the other; a GPU would wait for the host, to which they are two operations.
+    """
+    return x.is_cpu and x.dtype == how.dtype and not torch.is_grad_enabled()
 
 
 def _gradients(grad: Tensor | None, x: Tensor, how: Rounding | None) -> Part:

@@ -64,6 +64,11 @@ def gradients(grad: Tensor, x: Tensor, how: "Rounding", private: bool) -> "Gradi
     return to_x if layout is None else layout.restored(to_x), to_scale, to_offset
 
 
+def rounded_with_gradients(grad: Tensor, x: Tensor, how: "Rounding", scratch: Scratch) -> tuple[Tensor, "Gradients"]:
+    """As :func:`~lightning_qinit.quantizers.rounding.rounded_with_gradients`."""
+    return rounded(x, how, scratch), gradients(grad, x, how, True)
+
+
 def changes(x: Tensor, how: "Rounding") -> tuple[Tensor, Tensor | None]:
     """As :func:`~lightning_qinit.quantizers.rounding.changes`."""
     layout = _layout(x, how)

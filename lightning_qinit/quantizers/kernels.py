@@ -29,6 +29,10 @@ class Passes(Protocol):
 
     def gradients(self, grad: Tensor, x: Tensor, how: "Rounding", private: bool) -> "Gradients": ...
 
+    def rounded_with_gradients(
+        self, grad: Tensor, x: Tensor, how: "Rounding", scratch: "Scratch"
+    ) -> "tuple[Tensor, Gradients]": ...
+
     def changes(self, x: Tensor, how: "Rounding") -> tuple[Tensor, Tensor | None]: ...
 
 

@@ -104,6 +104,13 @@ def gradients(grad: Tensor, x: Tensor, how: Rounding, private: bool = False) -> 
     return to_x, *scaled(how, to_scale, to_offset)
 
 
+def rounded_with_gradients(grad: Tensor, x: Tensor, how: Rounding, scratch: Scratch) -> tuple[Tensor, Gradients]:
+    """The result of :func:`rounded` and, of a ``grad`` that is seen by nobody else, that of :func:`gradients`."""
+    if kernels := written_for(x, how.dtype, how.kernels):
+        return kernels.rounded_with_gradients(grad, x, how, scratch)
+    return rounded(x, how, scratch), gradients(grad, x, how, private=True)
+
+
 def scaled(how: Rounding, to_scale: Tensor, to_offset: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The gradients to step and offset as they are given, from those to what they are, without the gradient scale."""
     to_scale = to_scale.reshape(how.scale.shape) * how.gradient_scale
