@@ -155,6 +155,23 @@ def test_parameters_out_of_bounds(name: str, value: float) -> None:
             assert torch.allclose(got, expected, rtol=1e-5, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("kernels", ["eager", "compiled"])
+def test_what_does_not_fit_fails_as_the_operations_do(kernels: str) -> None:
+    """Kernels read memory as they are told to."""
+    quantizer = with_kernels(LSQ(4, 3, 0), kernels)
+    quantizer.start(torch.tensor([0.1, 0.2, 0.3]), 4, True)
+    for shape in ((6, 2), (2, 3), ()):
+        with pytest.raises((RuntimeError, IndexError)):
+            quantizer(torch.randn(shape))
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        with_kernels(LSQ(4, device="meta"), kernels).apply(lambda q: q._remember(True, True, 4))(torch.randn(5))
+    with torch.no_grad():
+        negated = torch.view_as_complex(torch.tensor([[1.0, 0.25]])).conj().imag
+        quantizer = with_kernels(LSQ(4), kernels)
+        quantizer.start(torch.tensor([0.1]), 4, True)
+        assert negated.is_neg() and torch.equal(quantizer(negated), torch.tensor([-0.2]))
+
+
 class TestWithoutCompiler:
     @pytest.fixture(autouse=True)
     def _no_compiler(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

@@ -6,6 +6,12 @@
 #pragma GCC optimize("tree-loop-vectorize")  // torch's flags switch it off, and `omp simd` with it
 #endif
 
+#ifdef _WIN32
+#define EXPORTED extern "C" __declspec(dllexport)
+#else
+#define EXPORTED extern "C"
+#endif
+
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
@@ -162,7 +168,7 @@ struct Block {
   const Points points{scale, unit, offset, start};         \
   const Levels levels(all_levels, count, uniform)
 
-extern "C" void forward(Out* out, PARAMETERS) {
+EXPORTED void forward(Out* out, PARAMETERS) {
   READ_PARAMETERS;
   values.for_each_block([&](int64_t channel, int64_t first, int64_t size, int64_t) {
     const float step = points.step(channel), shift = points.shift(channel);
@@ -172,7 +178,7 @@ extern "C" void forward(Out* out, PARAMETERS) {
 }
 
 // `to_x` may be `grad` itself; `out`, if there is one, receives what `forward` gives.
-extern "C" void backward(In* to_x, const Out* grad, float* to_scale, float* to_offset, Out* out, PARAMETERS,
+EXPORTED void backward(In* to_x, const Out* grad, float* to_scale, float* to_offset, Out* out, PARAMETERS,
                          bool learns_rounding, float factor) {
   READ_PARAMETERS;
   std::vector<float> by_scale(values.blocks()), by_offset(values.blocks());
@@ -201,7 +207,7 @@ extern "C" void backward(In* to_x, const Out* grad, float* to_scale, float* to_o
   }
 }
 
-extern "C" void tangents(Out* by_scale, Out* by_offset, PARAMETERS, bool learns_rounding) {
+EXPORTED void tangents(Out* by_scale, Out* by_offset, PARAMETERS, bool learns_rounding) {
   READ_PARAMETERS;
   values.for_each_block([&](int64_t channel, int64_t first, int64_t size, int64_t) {
     const Block block(x + first, size, points.step(channel), points.shift(channel), levels);

@@ -83,12 +83,8 @@ def _without_gaps(x: Tensor) -> Tensor:
 
 
 def _call(function: Any, results: tuple[Tensor | None, ...], x: Tensor, how: "Rounding", *constants: Any) -> None:
-    channels, unit, start, axis = how.scale.numel(), None, None, 0
-    if how.units is not None:
-        unit, start, axis = how.units.step, how.units.offset, how.units.axis or 0
-    elif channels > 1:
-        axis = next(axis for axis, size in enumerate(how.scale.shape) if size > 1)
-    inner = x.numel() if channels == 1 else x.stride()[axis]
+    channels, axis, (unit, start) = how.scale.numel(), how.axis, (None, None) if how.units is None else how.units[:2]
+    inner = x.numel() if axis is None or channels == 1 else x.stride()[axis]
     parameters = [t if t is None else t.float().contiguous() for t in (how.scale, unit, how.offset, start, how.points)]
     addresses = [t if t is None else t.data_ptr() for t in (*results, x, *parameters)]
     lie = x.numel() // (channels * inner), channels, inner

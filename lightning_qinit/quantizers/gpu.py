@@ -81,12 +81,11 @@ def changes(x: Tensor, how: "Rounding") -> tuple[Tensor, Tensor | None]:
 
 def _layout(x: Tensor, how: "Rounding") -> Layout | None:
     """How to bring values to rows of channels; ``None`` where they lie so, without gaps."""
-    units = how.units
-    if how.scale.numel() == 1 or (how.scale.shape[0] > 1 if units is None else units.axis == 0):
+    if how.scale.numel() == 1 or how.axis == 0:
         kind = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
         if x.is_contiguous() or (kind is not None and x.is_contiguous(memory_format=kind)):
             return None
-    return Layout(x, how.scale if units is None else broadcast_channels(how.scale, x, units.axis))
+    return Layout(x, broadcast_channels(how.scale, x, how.axis))
 
 
 def _blocks(how: "Rounding", x: Tensor) -> tuple[int, int, int, int]:

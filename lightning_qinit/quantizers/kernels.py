@@ -59,7 +59,7 @@ def written_for(x: Tensor, dtype: torch.dtype, kernels: Kernels) -> Passes | Non
     """
     if kernels == "eager" or torch.is_grad_enabled() or is_recorded():
         return None
-    if type(x) not in (Tensor, nn.Parameter) or x.numel() == 0:
+    if type(x) not in (Tensor, nn.Parameter) or x.numel() == 0 or x.is_neg():
         return None
     if x.dtype not in DTYPES or dtype not in DTYPES or x.device.type not in MODULES:
         return None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_qinit.functional.fake_quantize import broadcast_channels
 from lightning_qinit.quantizers.chain import backward, forward, tangents
-from lightning_qinit.quantizers.kernels import Kernels, written_for
+from lightning_qinit.quantizers.kernels import Kernels, Passes, written_for
 from lightning_qinit.quantizers.relative import OF_OFFSET, OF_STEP, gradient, relative
 from lightning_qinit.quantizers.scratch import Scratch
 
@@ -55,6 +55,13 @@ class Rounding(NamedTuple):
     units: Units | None = None
     ready: Tensor | None = None
 
+    @property
+    def axis(self) -> int | None:
+        """Along which the channels run; ``None`` for one step."""
+        if self.units is not None:
+            return self.units.axis
+        return next((axis for axis, size in enumerate(self.scale.shape) if size > 1), None)
+
     def without_units(self, x: Tensor) -> "Rounding":
         """The same, with step and offset as they broadcast against the values."""
         if self.units is None:
@@ -64,6 +71,20 @@ class Rounding(NamedTuple):
         if offset is not None:
             offset = broadcast_channels(relative(offset, start, unit, OF_OFFSET), x, axis)
         return self._replace(scale=broadcast_channels(scale, x, axis), offset=offset, units=None)
+
+
+def _kernels(x: Tensor, how: Rounding, dtype: torch.dtype) -> Passes | None:
+    """Those for the values, if step, offset and levels fit: kernels do as they are told, where operations check."""
+    kernels = written_for(x, dtype, how.kernels)
+    if kernels is None:
+        return None
+    axis, channels = how.axis, how.scale.numel()
+    if channels > 1 and (axis is None or axis >= x.dim() or x.shape[axis] != channels):
+        return None
+    units = () if how.units is None else (how.units.step, how.units.offset)
+    if any(t is not None and t.device != x.device for t in (how.scale, how.offset, how.points, *units)):
+        return None
+    return kernels
 
 
 def rounded(x: Tensor, how: Rounding, scratch: Scratch | None = None) -> Tensor:
@@ -76,7 +97,7 @@ def rounded(x: Tensor, how: Rounding, scratch: Scratch | None = None) -> Tensor:
     """
     if how.ready is not None:
         return how.ready.detach()
-    if kernels := written_for(x, how.dtype, how.kernels):
+    if kernels := _kernels(x, how, how.dtype):
         return kernels.rounded(x, how, scratch)
     how = how.without_units(x)
     return forward(x, how.scale, how.offset, how.points, how.uniform, how.dtype)
@@ -95,7 +116,7 @@ def gradients(grad: Tensor, x: Tensor, how: Rounding, private: bool = False) -> 
         how: the rounding.
         private: whether ``grad`` is seen by nobody else, so that the gradient to ``x`` may be written over it.
     """
-    if kernels := written_for(x, grad.dtype, how.kernels):
+    if (kernels := _kernels(x, how, grad.dtype)) and not grad.is_neg():
         return kernels.gradients(grad, x, how, private)
     plain = how.without_units(x)
     to_x, to_scale, to_offset = backward(
@@ -106,7 +127,7 @@ def gradients(grad: Tensor, x: Tensor, how: Rounding, private: bool = False) -> 
 
 def rounded_with_gradients(grad: Tensor, x: Tensor, how: Rounding, scratch: Scratch) -> tuple[Tensor, Gradients]:
     """The result of :func:`rounded` and, of a ``grad`` that is seen by nobody else, that of :func:`gradients`."""
-    if kernels := written_for(x, how.dtype, how.kernels):
+    if grad.dtype == how.dtype and (kernels := _kernels(x, how, how.dtype)):
         return kernels.rounded_with_gradients(grad, x, how, scratch)
     return rounded(x, how, scratch), gradients(grad, x, how, private=True)
 
@@ -126,7 +147,7 @@ def scaled(how: Rounding, to_scale: Tensor, to_offset: Tensor | None) -> tuple[T
 
 def changes(x: Tensor, how: Rounding) -> tuple[Tensor, Tensor | None]:
     """How each rounded value changes with the step, and with the offset, in the dtype of the result."""
-    if kernels := written_for(x, how.dtype, how.kernels):
+    if kernels := _kernels(x, how, how.dtype):
         return kernels.changes(x, how)
     how = how.without_units(x)
     return tangents(x, how.scale, how.offset, how.points, how.uniform, how.learns_rounding, how.dtype)
