@@ -442,8 +442,8 @@ class QuantInitCallback(Callback):
     def _keep_weights(self, trainer: Trainer, keep: bool) -> None:
         """Quantize weights once while they cannot change; not where a strategy gathers them for every use (FSDP)."""
         for quantizer in self._quantizers:
-            if quantizer.batch_axis is None and (keep or quantizer.keeps_weight):
-                quantizer.keep_weight(keep and not _trainer.restores_late(trainer))
+            if quantizer.batch_axis is None and (keep or quantizer.kept.on):
+                quantizer.kept.switch(keep and not _trainer.restores_late(trainer))
 
     def _settle_optimizers(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         """Have every step in an optimizer, without weight decay; the layers that none trains."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_qinit import LSQ, load_from_checkpoint, prepare
 from lightning_qinit.quantizers import cpu
+from lightning_qinit.quantizers.kept import KeptWeight
 
 
 class Counter(pl.Callback):
@@ -48,7 +49,7 @@ def test_once_per_optimizer_step_and_per_evaluation(make_trainer: Callable, monk
     counter = Counter(monkeypatch)
     states = []
     with monkeypatch.context() as patch:
-        patch.setattr(LSQ, "keep_weight", lambda self, keep: None)
+        patch.setattr(KeptWeight, "switch", lambda self, on: None)
         states.append(trained(make_trainer, [quiet(log_quantizers=False), counter], accumulate_grad_batches=2))
         assert counter.counts == {"train": 4, "validate": 4}
     counter.counts = dict.fromkeys(counter.counts, 0)
@@ -61,7 +62,7 @@ def test_once_per_optimizer_step_and_per_evaluation(make_trainer: Callable, monk
 def test_nothing_is_kept_in_between(make_trainer: Callable) -> None:
     module = SmallNet()
     make_trainer(quiet(), max_epochs=2).fit(module, loader(), loader(shuffle=False))
-    assert not any(child.keeps_weight or child._kept for child in module.modules() if isinstance(child, LSQ))
+    assert not any(child.kept.on or not child.kept.empty for child in module.modules() if isinstance(child, LSQ))
 
 
 def test_averaged_weights_are_those_evaluated(make_trainer: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +70,7 @@ def test_averaged_weights_are_those_evaluated(make_trainer: Callable, monkeypatc
     for keeps in (True, False):
         with monkeypatch.context() as patch:
             if not keeps:
-                patch.setattr(LSQ, "keep_weight", lambda self, keep: None)
+                patch.setattr(KeptWeight, "switch", lambda self, on: None)
             pl.seed_everything(3, verbose=False)
             trainer = make_trainer(quiet(), EMAWeightAveraging(), max_epochs=2, accumulate_grad_batches=2)
             trainer.fit(SmallNet(), loader(shuffle=False), loader(shuffle=False))
@@ -81,7 +82,7 @@ def test_a_change_in_place_is_seen() -> None:
     model = prepare(nn.Sequential(nn.Linear(4, 3)), activation_bits=None, first_last_bits=None)
     quantizer, weight = model[0].weight_quantizer, model[0].weight
     quantizer.start(torch.tensor([0.1, 0.2, 0.3]), 4, True)
-    quantizer.keep_weight(True)
+    quantizer.kept.switch(True)
     first = quantizer(weight)
     assert quantizer(weight).data_ptr() == first.data_ptr()
     with torch.no_grad():
@@ -90,13 +91,13 @@ def test_a_change_in_place_is_seen() -> None:
     with torch.no_grad():
         quantizer.relative_step.mul_(2)
     changed = quantizer(weight).detach()
-    quantizer.keep_weight(False)
+    quantizer.kept.switch(False)
     assert torch.equal(quantizer(weight), changed)
-    quantizer.keep_weight(True)
-    assert torch.equal(quantizer(weight.detach()), changed) and not quantizer._kept  # only parameters are kept
+    quantizer.kept.switch(True)
+    assert torch.equal(quantizer(weight.detach()), changed) and quantizer.kept.empty  # only parameters are kept
     quantizer.start(torch.tensor([0.5, 0.2, 0.3]), 2, True)
     kept = quantizer(weight)
-    quantizer.keep_weight(False)
+    quantizer.kept.switch(False)
     assert torch.equal(kept, quantizer(weight))
 
 
@@ -106,25 +107,25 @@ def test_a_change_of_a_few_values_through_data_is_seen_on_a_cpu(count: int) -> N
     prepare(layer, weight_bits=8, activation_bits=None)
     quantizer = layer[0].weight_quantizer
     quantizer.start(torch.tensor([0.01]), 8, True)
-    quantizer.keep_weight(True)
+    quantizer.kept.switch(True)
     x = torch.randn(3, 40)
     with torch.no_grad():
         before = layer(x)
         layer[0].weight.data.flatten()[7 : 7 + count].mul_(-5)  # between those that are looked at one by one
         changed = layer(x)
-        quantizer.keep_weight(False)
+        quantizer.kept.switch(False)
         assert torch.equal(changed, layer(x)) and not torch.equal(changed, before)
 
 
 def test_a_step_put_in_through_data_and_an_expanded_weight() -> None:
     quantizer = LSQ(4)
     quantizer.start(torch.tensor([0.1]), 4, True)
-    quantizer.keep_weight(True)
+    quantizer.kept.switch(True)
     weight = nn.Parameter(torch.randn(1, 4).expand(3, 4))
     before = quantizer(weight).detach()
     quantizer.relative_step.data.mul_(1.5)
     after = quantizer(weight).detach()
-    quantizer.keep_weight(False)
+    quantizer.kept.switch(False)
     assert torch.equal(quantizer(weight), after) and not torch.equal(before, after)
 
 

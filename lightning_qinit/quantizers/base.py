@@ -12,13 +12,13 @@ from lightning_qinit.checks import shorten
 from lightning_qinit.functional.fake_quantize import EXTREME, broadcast_channels
 from lightning_qinit.functional.levels import is_run
 from lightning_qinit.functional.sharded import copy_whole, whole
+from lightning_qinit.quantizers.chain import Levels
 from lightning_qinit.quantizers.fused import Operand
+from lightning_qinit.quantizers.kept import KeptWeight
 from lightning_qinit.quantizers.kernels import Kernels, is_tracing
 from lightning_qinit.quantizers.relative import OF_OFFSET, OF_STEP, relative
-from lightning_qinit.quantizers.rounding import Rounding, Units, rounded
+from lightning_qinit.quantizers.rounding import Rounding, Units
 from lightning_qinit.quantizers.straight_through import round_to_levels
-
-PROBES = 16  # values of a kept weight that are looked at for a change
 
 
 class Quantizer(nn.Module, ABC):
@@ -87,9 +87,8 @@ class Quantizer(nn.Module, ABC):
         self.channel_axis, self.batch_axis = channel_axis, batch_axis
         self.enabled = True
         self.kernels: Kernels = "auto"
-        self.keeps_weight = False
+        self.kept = KeptWeight()
         self.watch: Callable[[Quantizer, Tensor, Tensor], None] | None = None
-        self._kept: tuple[Any, ...] = ()  # the weight that was quantized last, its state then, and the result
         self._settings = (bool(signed), int(bits))
         self.relative_step = nn.Parameter(torch.empty(channels, dtype=torch.float32, device=device))
         self.register_parameter(
@@ -169,31 +168,13 @@ class Quantizer(nn.Module, ABC):
         dtype: torch.dtype,
     ) -> Rounding:
         points = self.points if x.dtype != torch.float64 or self.uniform else self.levels.to(x)
-        constants = self.uniform, self.learns_rounding, self.gradient_scale(elements), dtype, self.kernels
-        how = Rounding(scale, offset, points, *constants, units)
-        if not self.keeps_weight or not isinstance(x, nn.Parameter) or torch.compiler.is_compiling():
-            return how
-        tensors = x, self.relative_step, self.initial_step
-        if any(tensor.is_inference() for tensor in tensors):  # which count no changes
-            return how
-        seen = *(t._version for t in tensors), x.data_ptr(), *map(_probe, tensors)
-        state = (*seen, self.n_bits, self.is_signed, *constants)
-        if not self._kept or self._kept[0] is not x or self._kept[1] != state:
-            with torch.inference_mode(False), torch.no_grad():  # it may have to be saved for a backward pass
-                self._kept = (x, state, rounded(x, how))
-        return how._replace(ready=self._kept[2])
-
-    def keep_weight(self, keep: bool) -> None:
-        """Forget the weight that is kept, and from here on keep the next, or do not.
-
-        A quantizer that keeps its weight quantizes it once and not in every forward pass, until it or the step is
-        changed. A change through ``.data``, which torch does not count, is seen on the CPU by the sum of all values,
-        and not at all on a GPU, where to look would be to wait: keep weights there only while none is made.
-        """
-        self.keeps_weight, self._kept = keep, ()
+        levels = Levels(points, self.low, self.high, self.uniform)
+        constants = self.learns_rounding, self.gradient_scale(elements), dtype, self.kernels
+        how = Rounding(scale, offset, levels, *constants, units)
+        return self.kept.known(x, how, self.relative_step, self.initial_step)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_kept": (), "watch": None}
+        return {**vars(self), "watch": None}
 
     def transform(self, x: Tensor) -> Tensor:
         """What is done to the values before they are quantized: nothing, unless a subclass normalizes them."""
@@ -344,14 +325,3 @@ class Quantizer(nn.Module, ABC):
 
 def ordinary_path(module: nn.Module, args: Any, output: Any) -> None:
     """Does nothing; that it is there keeps ``nn.TransformerEncoderLayer`` from bypassing the quantizers."""
-
-
-def _probe(x: Tensor) -> tuple[float, ...]:
-    """The sum of a parameter on the CPU and some values, evenly spread in memory; nothing of one elsewhere."""
-    if not x.is_cpu or not x.numel():
-        return ()
-    x = x.detach()
-    total, count = float(x.sum()), min(x.numel(), PROBES)
-    if (x.storage_offset() + x.numel()) * x.itemsize > x.untyped_storage().nbytes():  # expanded
-        return (total,)
-    return total, *x.as_strided((count,), (x.numel() // count,), x.storage_offset()).tolist()

@@ -4,27 +4,43 @@ A chain reads and writes the values a dozen times, which is all that fake quanti
 not recorded, there are kernels that do it once (see :mod:`~lightning_qinit.quantizers.kernels`).
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 UNROLLED = 32  # levels up to which comparing with every threshold is faster than searching among them
 
 
-def forward(
-    x: Tensor, scale: Tensor, offset: Tensor | None, points: Tensor, uniform: bool, dtype: torch.dtype
-) -> Tensor:
+class Levels(NamedTuple):
+    """The levels at step 1.
+
+    Attributes:
+        points: all of them, 1-D and sorted; the lowest and the highest if they are uniform.
+        low: the lowest. As a number it is a constant of what is compiled: each tensor less that a value depends on
+            lets ``torch.compile`` compute the value where it is needed, and not store it.
+        high: the highest.
+        uniform: whether they are all integers between the two.
+    """
+
+    points: Tensor
+    low: float
+    high: float
+    uniform: bool
+
+
+def forward(x: Tensor, scale: Tensor, offset: Tensor | None, levels: Levels, dtype: torch.dtype) -> Tensor:
     """The point ``scale * level + offset`` nearest to each value.
 
     Args:
         x: the values.
         scale: the step, broadcasting against ``x``.
         offset: likewise; ``None`` for 0.
-        points: the levels at step 1, or the lowest and the highest if ``uniform``.
-        uniform: whether the levels are all integers between two.
+        levels: the levels at step 1.
         dtype: of the result.
     """
     v, scale, offset = _normalized(x, scale, offset)
-    y = nearest(v, points, uniform) * scale
+    y = nearest(v, levels) * scale
     return cast(y if offset is None else y + offset, dtype)
 
 
@@ -33,14 +49,13 @@ def backward(
     x: Tensor,
     scale: Tensor,
     offset: Tensor | None,
-    points: Tensor,
-    uniform: bool,
+    levels: Levels,
     learns_rounding: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradients to ``x``, ``scale`` and ``offset``, given that to the result of :func:`forward`."""
     v, scale, offset = _normalized(x, scale, offset)
     wide = cast(grad, v.dtype)
-    inside, slope = _slope(v, points, uniform, learns_rounding)
+    inside, slope = _slope(v, levels, learns_rounding)
     to_scale = _summed(wide * slope, scale)
     to_offset = None if offset is None else _summed(torch.where(inside, 0.0, wide), offset)
     return cast(torch.where(inside, grad, 0.0), x.dtype), to_scale, to_offset
@@ -50,14 +65,13 @@ def tangents(
     x: Tensor,
     scale: Tensor,
     offset: Tensor | None,
-    points: Tensor,
-    uniform: bool,
+    levels: Levels,
     learns_rounding: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
     """How each result of :func:`forward` changes with the scale, and with the offset."""
     v, scale, offset = _normalized(x, scale, offset)
-    inside, slope = _slope(v, points, uniform, learns_rounding)
+    inside, slope = _slope(v, levels, learns_rounding)
     return cast(slope, dtype), None if offset is None else (~inside).to(dtype)
 
 
@@ -70,10 +84,10 @@ def _summed(x: Tensor, like: Tensor) -> Tensor:
     return x.sum_to_size(like.shape)
 
 
-def _slope(v: Tensor, points: Tensor, uniform: bool, learns_rounding: bool) -> tuple[Tensor, Tensor]:
+def _slope(v: Tensor, levels: Levels, learns_rounding: bool) -> tuple[Tensor, Tensor]:
     """Which normalized values lie between the outer levels, and the derivative by the scale, given straight through."""
-    inside = (v > points[0]) & (v < points[-1])
-    level = nearest(v, points, uniform)
+    inside = (v > levels.low) & (v < levels.high)
+    level = nearest(v, levels)
     return inside, level - torch.where(inside, v, 0.0) if learns_rounding else torch.where(inside, 0.0, level)
 
 
@@ -99,11 +113,11 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-def nearest(v: Tensor, points: Tensor, uniform: bool) -> Tensor:
-    """The level nearest to each normalized value; NaN stays NaN. Arguments as of :func:`forward`."""
-    points = cast(points, v.dtype)
-    if uniform:
-        return torch.minimum(torch.maximum(v, points[0]), points[1]).round()
+def nearest(v: Tensor, levels: Levels) -> Tensor:
+    """The level nearest to each normalized value; NaN stays NaN."""
+    if levels.uniform:
+        return v.clamp(levels.low, levels.high).round()
+    points = cast(levels.points, v.dtype)
     thresholds = (points[1:] + points[:-1]) / 2
     if torch.compiler.is_compiling() and len(points) <= UNROLLED:
         level = points[0].expand_as(v)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qinit.quantizers.base import Quantizer, ordinary_path
-from lightning_qinit.quantizers.chain import forward
+from lightning_qinit.quantizers.chain import Levels, forward
 
 
 class FrozenQuantizer(nn.Module):
@@ -57,9 +57,9 @@ class FrozenQuantizer(nn.Module):
         def constant(value: Any) -> Tensor:
             return torch.tensor(value, dtype=wide, device=x.device)
 
-        points = self.levels[:: len(self.levels) - 1] if self.uniform else self.levels
+        levels = Levels(constant(self.levels), self.levels[0], self.levels[-1], self.uniform)
         offset = None if self.offset is None else constant(self.offset)
-        return forward(x, constant(self.scale), offset, constant(points), self.uniform, dtype)
+        return forward(x, constant(self.scale), offset, levels, dtype)
 
     def extra_repr(self) -> str:
         return f"scale={self.scale:.4g}, {len(self.levels)} levels, offset={self.offset}"

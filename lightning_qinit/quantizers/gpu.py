@@ -100,8 +100,8 @@ def _blocks(how: "Rounding", x: Tensor) -> tuple[int, int, int, int]:
 def _launch(kernel: Any, how: "Rounding", x: Tensor, *arguments: Any, **constants: Any) -> None:
     """Run a kernel on every block of the values, which lie in rows of channels."""
     channels, count, blocks, block = _blocks(how, x)
-    levels = how.points.shape[0]
-    depth = 0 if how.uniform else (levels - 1).bit_length()  # steps of a search among the levels
+    levels = how.levels.points.shape[0]
+    depth = 0 if how.levels.uniform else (levels - 1).bit_length()  # steps of a search among the levels
     unit, start = (how.units.step, how.units.offset) if how.units is not None else (None, None)
     kernel[(channels * blocks,)](
         *arguments,
@@ -110,7 +110,7 @@ def _launch(kernel: Any, how: "Rounding", x: Tensor, *arguments: Any, **constant
         unit,
         how.offset,
         start,
-        how.points,
+        how.levels.points,
         count,
         blocks,
         block,

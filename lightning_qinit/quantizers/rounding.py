@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_qinit.functional.fake_quantize import broadcast_channels
-from lightning_qinit.quantizers.chain import backward, forward, tangents
+from lightning_qinit.quantizers.chain import Levels, backward, forward, tangents
 from lightning_qinit.quantizers.kernels import Kernels, Passes, written_for
 from lightning_qinit.quantizers.relative import OF_OFFSET, OF_STEP, gradient, relative
 from lightning_qinit.quantizers.scratch import Scratch
@@ -34,8 +34,7 @@ class Rounding(NamedTuple):
     Attributes:
         scale: the step, broadcasting against the values, with as many axes; with ``units``, what it is in those.
         offset: likewise; ``None`` for 0.
-        points: the levels at step 1, 1-D and sorted; the lowest and the highest of them if they are uniform.
-        uniform: whether the levels are all integers between two.
+        levels: the levels at step 1.
         learns_rounding: whether the step receives ``level - v`` between the outer levels, or nothing (PACT).
         gradient_scale: a factor on the gradients of step and offset.
         dtype: of the result.
@@ -46,8 +45,7 @@ class Rounding(NamedTuple):
 
     scale: Tensor
     offset: Tensor | None
-    points: Tensor
-    uniform: bool
+    levels: Levels
     learns_rounding: bool
     gradient_scale: float
     dtype: torch.dtype
@@ -82,7 +80,7 @@ def _kernels(x: Tensor, how: Rounding, dtype: torch.dtype) -> Passes | None:
     if channels > 1 and (axis is None or axis >= x.dim() or x.shape[axis] != channels):
         return None
     units = () if how.units is None else (how.units.step, how.units.offset)
-    if any(t is not None and t.device != x.device for t in (how.scale, how.offset, how.points, *units)):
+    if any(t is not None and t.device != x.device for t in (how.scale, how.offset, how.levels.points, *units)):
         return None
     return kernels
 
@@ -100,7 +98,7 @@ def rounded(x: Tensor, how: Rounding, scratch: Scratch | None = None) -> Tensor:
     if kernels := _kernels(x, how, how.dtype):
         return kernels.rounded(x, how, scratch)
     how = how.without_units(x)
-    return forward(x, how.scale, how.offset, how.points, how.uniform, how.dtype)
+    return forward(x, how.scale, how.offset, how.levels, how.dtype)
 
 
 def gradients(grad: Tensor, x: Tensor, how: Rounding, private: bool = False) -> Gradients:
@@ -119,9 +117,7 @@ def gradients(grad: Tensor, x: Tensor, how: Rounding, private: bool = False) -> 
     if (kernels := _kernels(x, how, grad.dtype)) and not grad.is_neg():
         return kernels.gradients(grad, x, how, private)
     plain = how.without_units(x)
-    to_x, to_scale, to_offset = backward(
-        grad, x, plain.scale, plain.offset, how.points, how.uniform, how.learns_rounding
-    )
+    to_x, to_scale, to_offset = backward(grad, x, plain.scale, plain.offset, how.levels, how.learns_rounding)
     return to_x, *scaled(how, to_scale, to_offset)
 
 
@@ -150,4 +146,4 @@ def changes(x: Tensor, how: Rounding) -> tuple[Tensor, Tensor | None]:
     if kernels := _kernels(x, how, how.dtype):
         return kernels.changes(x, how)
     how = how.without_units(x)
-    return tangents(x, how.scale, how.offset, how.points, how.uniform, how.learns_rounding, how.dtype)
+    return tangents(x, how.scale, how.offset, how.levels, how.learns_rounding, how.dtype)
