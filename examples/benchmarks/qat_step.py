@@ -2,11 +2,13 @@
 
 python examples/benchmarks/qat_step.py                          # all models and contestants, on a GPU if there is one
 python examples/benchmarks/qat_step.py --models resnet18 --contestants qinit chain --repeats 5
+python examples/benchmarks/qat_step.py --cpu --keep-heap        # without the page faults of Linux
 
 Every measurement is a process of its own: contestants take turns, and each ratio is of two neighbours. On a GPU, in
-bf16-mixed, steps follow each other without waiting, as in training, and CUDA events time them. Peers come with
-`pip install "lightning-qinit[bench]"`; one that is not installed is left out. All quantize the weight and the input of
-every convolution and linear layer:
+bf16-mixed, steps follow each other without waiting, as in training, and CUDA events time them. On a CPU glibc gives
+large blocks back to the system when they are freed and pages them in anew, more or less often as the heap of a process
+happens to lie; with --keep-heap it does not, in all processes. Peers come with `pip install "lightning-qinit[bench]"`;
+one that is not installed is left out. All quantize the weight and the input of every convolution and linear layer:
 
 - qinit: this package, LSQ, `kernels="auto"`; qinit-eager: `kernels="eager"`
 - chain: LSQ written by hand as a chain of torch operations
@@ -19,6 +21,7 @@ import argparse
 import ctypes
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -32,6 +35,7 @@ from result import spread, write
 from torch import Tensor, nn
 
 BITS = 4
+KEEP_HEAP = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8000000000"}
 
 
 class Block(nn.Module):
@@ -294,7 +298,8 @@ def run(model: str, contestant: str, arguments: argparse.Namespace) -> dict[str,
     command += [
         f"--{name.replace('_', '-')}" for name in ("cpu", "compile", "channels_last") if getattr(arguments, name)
     ]
-    result = subprocess.run(command, capture_output=True, text=True)
+    environment = {**os.environ, **(KEEP_HEAP if arguments.keep_heap else {})}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     if result.returncode:
         print(f"{model}, {contestant}: {result.stderr.strip().splitlines()[-1]}", flush=True)
         return None
@@ -312,6 +317,7 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="also where there is a GPU")
     parser.add_argument("--compile", action="store_true", help="torch.compile all models, the float one too")
     parser.add_argument("--channels-last", action="store_true", help="images in that memory format")
+    parser.add_argument("--keep-heap", action="store_true", help="let the C library keep what is freed (glibc, CPU)")
     parser.add_argument("--json", default="qat_step.json", help="where to write the result")
     parser.add_argument("--single", action="store_true", help="measure one contestant here and print JSON")
     arguments = parser.parse_args()
