@@ -411,6 +411,19 @@ def test_inside_a_compiled_module_without_a_graph_break() -> None:
         assert torch.allclose(got, value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("quantizer", "read"), [("lsq", False), ("lsq+", False), ("apot", True)])
+def test_compiled_modules_read_no_uniform_levels(quantizer: str, read: bool) -> None:
+    torch.compiler.reset()
+    x, names = torch.randn(4, 3, 8, 8), []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        names.extend(str(node.target) for node in module.graph.nodes if node.op in ("placeholder", "get_attr"))
+        return module.forward
+
+    torch.compile(quantized(network(), x, quantizer=quantizer), backend=backend, fullgraph=True)(x)
+    assert any("initial_step" in name for name in names) and read == any("points" in name for name in names)
+
+
 @pytest.mark.parametrize("quantizer", ["lsq", "lsq+", "apot"])
 @pytest.mark.parametrize("layer", ["convolution", "linear"])
 def test_the_step_of_data_learns_inside_a_compiled_module(layer: str, quantizer: str) -> None:
