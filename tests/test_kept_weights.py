@@ -11,7 +11,7 @@ from conftest import SmallNet, loader, quiet
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 
-from lightning_qinit import LSQ, load_from_checkpoint, prepare
+from lightning_qinit import LSQ, APoT, load_from_checkpoint, prepare
 from lightning_qinit.quantizers import cpu
 from lightning_qinit.quantizers.kept import KeptWeight
 
@@ -155,3 +155,14 @@ def test_a_module_made_in_inference_mode_predicts(make_trainer: Callable, tmp_pa
     model.predict_step = lambda batch, batch_idx: model(batch[0])
     found, expected = (make_trainer(quiet()).predict(m, loader(shuffle=False)) for m in (loaded, model))
     assert torch.equal(torch.cat(found), torch.cat(expected))
+
+
+def test_other_levels_are_seen() -> None:
+    """States that are loaded by assignment come without a change that torch counts."""
+    weight, few, more = nn.Parameter(torch.randn(20, 10)), APoT(3), APoT(4)
+    for quantizer in (few, more):
+        quantizer.start(torch.tensor([2.0]), quantizer.n_bits, True)
+    few.kept.switch(True)
+    assert not torch.equal(few(weight), more(weight))
+    few.load_state_dict(more.state_dict(), assign=True)
+    assert torch.equal(few(weight), more(weight))

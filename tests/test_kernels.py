@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from conftest import SmallNet, loader, quiet
 from torch import Tensor, nn
 from torch._inductor.codecache import CppCodeCache
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,7 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_qinit import calibrate, prepare
 from lightning_qinit.insertion import quantized_layers
 from lightning_qinit.quantizers import LSQ, PACT, APoT, Codebook, LSQPlus, Quantizer, cpu, kernels
+from lightning_qinit.quantizers.fused import release_scratch
 from lightning_qinit.quantizers.operation import Convolution
+from lightning_qinit.quantizers.straight_through import round_to_levels
 
 KINDS: dict[str, Callable[..., Quantizer]] = {
     "uniform": partial(LSQ, 4),
@@ -170,6 +173,40 @@ def test_what_does_not_fit_fails_as_the_operations_do(kernels: str) -> None:
         quantizer = with_kernels(LSQ(4), kernels)
         quantizer.start(torch.tensor([0.1]), 4, True)
         assert negated.is_neg() and torch.equal(quantizer(negated), torch.tensor([-0.2]))
+
+
+@pytest.mark.parametrize("shapes", [((3, 1), (1, 1)), ((1, 1), (3, 1)), ((3,), None)], ids=str)
+def test_steps_and_offsets_that_broadcast_otherwise(shapes: tuple) -> None:
+    steps, offsets = shapes
+
+    class Broadcast(LSQ):
+        has_offset = True
+
+        def quantize(self, x: Tensor, scale: Tensor, elements: int, dtype: torch.dtype) -> Tensor:
+            scale = torch.linspace(0.1, 0.3, math.prod(steps)).view(steps)
+            offset = None if offsets is None else torch.linspace(-0.2, 0.4, math.prod(offsets)).view(offsets)
+            return round_to_levels(x, self._rounding(x, scale, offset, None, elements, dtype))
+
+    quantizer, x, results = Broadcast(4), torch.randn(3, 3), {}
+    quantizer.start(torch.tensor([0.2]), 4, True)
+    for setting in ("eager", "compiled"):
+        results[setting] = with_kernels(quantizer, setting)(x)
+    assert torch.equal(*results.values())
+
+
+def test_default_devices_and_recorders_change_nothing() -> None:
+    x = torch.randn(4, 3, 8, 8)
+    model = quantized(network(), x).eval()
+    for _, quantizer in model.named_modules():
+        if isinstance(quantizer, Quantizer):
+            quantizer.kernels = "compiled"
+    expected = model(x)
+    with torch.device("meta"):
+        release_scratch()
+        assert torch.equal(model(x), expected)
+    recorded = make_fx(model, tracing_mode="real")(x)
+    assert torch.equal(recorded(x), expected) and not torch.equal(recorded(x + 1), expected)
+    assert torch.equal(recorded(x + 1), model(x + 1))
 
 
 class TestWithoutCompiler:

@@ -127,6 +127,7 @@ class Quantizer(nn.Module, ABC):
         self.uniform = is_run(levels)
         points = levels[[0, -1]] if self.uniform else levels
         self.register_buffer("points", points.to(self.initial_step), persistent=False)
+        self.kept.switch(self.kept.on)
 
     @abstractmethod
     def level_set(self, bits: int, signed: bool) -> Tensor:

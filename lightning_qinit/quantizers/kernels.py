@@ -51,13 +51,15 @@ def written_for(x: Tensor, dtype: torch.dtype, kernels: Kernels) -> Passes | Non
     """The kernels for values and results of a dtype.
 
     ``None`` where the chain of operations is to run: where torch traces or differentiates the operations themselves
-    (inside ``torch.compile`` and exports, which fuse them on their own, and in double backward), for other devices,
-    dtypes and kinds of tensors, and where kernels cannot be compiled.
+    (inside ``torch.compile`` and exports, which fuse them on their own, under modes, and in double backward), for other
+    devices, dtypes and kinds of tensors, and where kernels cannot be compiled.
 
     Raises:
         RuntimeError: they cannot be, and ``kernels`` is ``"compiled"``.
     """
     if kernels == "eager" or torch.is_grad_enabled() or is_recorded():
+        return None
+    if torch._C._len_torch_dispatch_stack():  # a mode, such as that of `make_fx`, which may record the operations
         return None
     if type(x) not in (Tensor, nn.Parameter) or x.numel() == 0 or x.is_neg():
         return None

@@ -45,7 +45,7 @@ class _Relative(torch.autograd.Function):
 def known(value: Tensor, start: Tensor | None, unit: Tensor, bounds: Bounds) -> Tensor:
     """:func:`relative`, as operations that autograd would record."""
     within = value.nan_to_num(bounds.default, bounds.high, bounds.low).clamp(bounds.low, bounds.high)
-    return within * unit if start is None else torch.addcmul(start, within, unit)
+    return within * unit if start is None else start + within * unit
 
 
 def gradient(grad: Tensor, value: Tensor, unit: Tensor, bounds: Bounds) -> Tensor:

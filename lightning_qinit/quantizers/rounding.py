@@ -60,6 +60,23 @@ class Rounding(NamedTuple):
             return self.units.axis
         return next((axis for axis, size in enumerate(self.scale.shape) if size > 1), None)
 
+    def fits(self, x: Tensor) -> bool:
+        """Whether step and offset are on the device of the values, and there is one for all or one per channel."""
+        channels, axis, units = self.scale.numel(), self.axis, self.units
+        start = None if units is None else units.offset
+        beside = [t for t in (self.offset, start, units and units.step) if t is not None]
+        if any(t.device != x.device for t in (self.scale, self.levels.points, *beside)):
+            return False
+        if any(t.numel() != channels for t in beside) or (
+            units is not None and (self.offset is None) != (start is None)
+        ):
+            return False
+        if channels == 1:
+            return True
+        if units is None and (self.scale.dim() != x.dim() or any(t.shape != self.scale.shape for t in beside)):
+            return False
+        return axis is not None and axis < x.dim() and x.shape[axis] == channels
+
     def without_units(self, x: Tensor) -> "Rounding":
         """The same, with step and offset as they broadcast against the values."""
         if self.units is None:
@@ -74,15 +91,7 @@ class Rounding(NamedTuple):
 def _kernels(x: Tensor, how: Rounding, dtype: torch.dtype) -> Passes | None:
     """Those for the values, if step, offset and levels fit: kernels do as they are told, where operations check."""
     kernels = written_for(x, dtype, how.kernels)
-    if kernels is None:
-        return None
-    axis, channels = how.axis, how.scale.numel()
-    if channels > 1 and (axis is None or axis >= x.dim() or x.shape[axis] != channels):
-        return None
-    units = () if how.units is None else (how.units.step, how.units.offset)
-    if any(t is not None and t.device != x.device for t in (how.scale, how.offset, how.levels.points, *units)):
-        return None
-    return kernels
+    return kernels if kernels is not None and how.fits(x) else None
 
 
 def rounded(x: Tensor, how: Rounding, scratch: Scratch | None = None) -> Tensor:
