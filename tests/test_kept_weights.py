@@ -62,7 +62,7 @@ def test_once_per_optimizer_step_and_per_evaluation(make_trainer: Callable, monk
 def test_nothing_is_kept_in_between(make_trainer: Callable) -> None:
     module = SmallNet()
     make_trainer(quiet(), max_epochs=2).fit(module, loader(), loader(shuffle=False))
-    assert not any(child.kept.on or not child.kept.empty for child in module.modules() if isinstance(child, LSQ))
+    assert not any(child.kept.on or child.kept._last for child in module.modules() if isinstance(child, LSQ))
 
 
 def test_averaged_weights_are_those_evaluated(make_trainer: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +94,7 @@ def test_a_change_in_place_is_seen() -> None:
     quantizer.kept.switch(False)
     assert torch.equal(quantizer(weight), changed)
     quantizer.kept.switch(True)
-    assert torch.equal(quantizer(weight.detach()), changed) and quantizer.kept.empty  # only parameters are kept
+    assert torch.equal(quantizer(weight.detach()), changed) and not quantizer.kept._last  # only parameters are kept
     quantizer.start(torch.tensor([0.5, 0.2, 0.3]), 2, True)
     kept = quantizer(weight)
     quantizer.kept.switch(False)

@@ -32,7 +32,6 @@ constexpr int FEW = 32;                // levels up to which comparing with each
 
 // How values lie in memory: in `channels` rows, `outer` times over.
 struct Values {
-  const In* x;
   int64_t outer, channels, inner;
   int threads;
 
@@ -160,12 +159,12 @@ struct Block {
 
 }  // namespace
 
-#define PARAMETERS                                                                                                    \
-  const In *x, const float *scale, const float *unit, const float *offset, const float *start,                        \
+#define PARAMETERS                                                                                                   \
+  const In *x, const float *scale, const float *unit, const float *offset, const float *start,                       \
       const float *all_levels, int64_t outer, int64_t channels, int64_t inner, int threads, int count, bool uniform
-#define READ_PARAMETERS                                   \
-  const Values values{x, outer, channels, inner, threads}; \
-  const Points points{scale, unit, offset, start};         \
+#define READ_PARAMETERS                                 \
+  const Values values{outer, channels, inner, threads}; \
+  const Points points{scale, unit, offset, start};      \
   const Levels levels(all_levels, count, uniform)
 
 EXPORTED void forward(Out* out, PARAMETERS) {
@@ -179,7 +178,7 @@ EXPORTED void forward(Out* out, PARAMETERS) {
 
 // `to_x` may be `grad` itself; `out`, if there is one, receives what `forward` gives.
 EXPORTED void backward(In* to_x, const Out* grad, float* to_scale, float* to_offset, Out* out, PARAMETERS,
-                         bool learns_rounding, float factor) {
+                       bool learns_rounding, float factor) {
   READ_PARAMETERS;
   std::vector<float> by_scale(values.blocks()), by_offset(values.blocks());
   values.for_each_block([&](int64_t channel, int64_t first, int64_t size, int64_t index) {

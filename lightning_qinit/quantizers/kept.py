@@ -13,6 +13,8 @@ PROBES = 16  # values of a weight that are looked at for a change
 class KeptWeight:
     """The weight that a quantizer rounded last; it is used again until the weight or the step is changed.
 
+    Where the levels change, the quantizer has it forgotten.
+
     A change through ``.data``, which torch does not count, is seen on the CPU by the sum of all values, and not at all
     on a GPU, where to look would be to wait: keep weights there only while none is made.
     """
@@ -24,11 +26,6 @@ class KeptWeight:
     def switch(self, on: bool) -> None:
         """Forget the weight that is kept, and from here on keep the next, or do not."""
         self.on, self._last = on, ()
-
-    @property
-    def empty(self) -> bool:
-        """Whether there is none."""
-        return not self._last
 
     def known(self, x: Tensor, how: Rounding, *steps: Tensor) -> Rounding:
         """How to round a weight, with the result if it is known.
@@ -44,7 +41,7 @@ class KeptWeight:
         if any(tensor.is_inference() for tensor in tensors):  # which count no changes
             return how
         seen = *(t._version for t in tensors), x.data_ptr(), *map(_probe, tensors)
-        state = *seen, how.levels[1:], how.dtype, how.kernels
+        state = *seen, how.dtype, how.kernels
         if not self._last or self._last[0] is not x or self._last[1] != state:
             with torch.inference_mode(False), torch.no_grad():  # it may have to be saved for a backward pass
                 self._last = x, state, rounded(x, how)

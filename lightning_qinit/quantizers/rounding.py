@@ -62,18 +62,18 @@ class Rounding(NamedTuple):
 
     def fits(self, x: Tensor) -> bool:
         """Whether step and offset are on the device of the values, and there is one for all or one per channel."""
-        channels, axis, units = self.scale.numel(), self.axis, self.units
+        units, axis, channels = self.units, self.axis, self.scale.numel()
         start = None if units is None else units.offset
         beside = [t for t in (self.offset, start, units and units.step) if t is not None]
         if any(t.device != x.device for t in (self.scale, self.levels.points, *beside)):
             return False
-        if any(t.numel() != channels for t in beside) or (
-            units is not None and (self.offset is None) != (start is None)
-        ):
+        if any(t.shape != self.scale.shape for t in beside):
+            return False
+        if units is not None and (start is None) != (self.offset is None):
             return False
         if channels == 1:
             return True
-        if units is None and (self.scale.dim() != x.dim() or any(t.shape != self.scale.shape for t in beside)):
+        if units is None and self.scale.dim() != x.dim():
             return False
         return axis is not None and axis < x.dim() and x.shape[axis] == channels
 
