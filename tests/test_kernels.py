@@ -478,18 +478,19 @@ def test_the_step_of_data_learns_inside_a_compiled_module(layer: str, quantizer:
             losses[-1].backward()
         flops.append(counter.get_total_flops())
         found.append([p.grad.clone() for p in model.parameters()])
-    assert torch.allclose(*losses, rtol=1e-5) and flops[0] == flops[1]
+    assert torch.allclose(*losses, rtol=1e-5)
+    assert 0 < flops[1] <= flops[0]  # what needs no gradient may be computed in the forward pass
     for expected, got in zip(*found, strict=True):
         assert torch.allclose(got, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_gradients_of_several_inputs_at_once() -> None:
+def test_changes_as_further_channels_of_a_convolution() -> None:
     operation = Convolution((2, 1), (1, 0), (1, 2), False, (0, 0), 1)
-    weight, inputs = torch.randn(5, 3, 3, 2), [torch.randn(4, 3, 9, 8) for _ in range(2)]
-    grad = torch.randn_like(operation(inputs[0], weight, None))
-    separate, bias = operation.of_weight(grad, inputs, weight, True)
-    joint, same_bias = operation.of_weight_at_once(grad, inputs, weight, True)
-    for one, other in zip((*separate, bias), (*joint, same_bias), strict=True):
+    weight, x, *changes = torch.randn(5, 3, 3, 2), *(torch.randn(4, 3, 9, 8) for _ in range(3))
+    grad, wanted = torch.randn_like(operation(x, weight, None)), (False, True, True)
+    *separate, along = operation.of_data(grad, x, changes, weight, wanted)
+    *joint, same = operation.of_data_at_once(grad, x, changes, weight, wanted)
+    for one, other in zip((*separate, *along), (*joint, *same), strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
 
 

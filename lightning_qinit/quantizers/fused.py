@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_qinit.quantizers.operation import Operation
+from lightning_qinit.quantizers.operation import Operation, Wanted
 from lightning_qinit.quantizers.rounding import Rounding, changes, gradients, rounded, rounded_with_gradients, scaled
 from lightning_qinit.quantizers.scratch import Scratch
 from lightning_qinit.quantizers.straight_through import round_to_levels
@@ -86,9 +86,8 @@ class Fused(torch.autograd.Function):
         if used_weight is None or torch.is_grad_enabled():
             used_weight = _used(weight, how_weight, WEIGHT)
         if of_input and how is not None and how.scale.numel() == 1 and not ctx.needs_input_grad[0]:
-            to_input, to_weight, to_bias = _of_data(
-                operation, grad, x, how, _used(x, how, INPUT), used_weight, of_weight, of_bias
-            )
+            wanted = False, of_weight, of_bias
+            to_input, to_weight, to_bias = _of_data(operation, grad, x, how, _used(x, how, INPUT), used_weight, wanted)
         elif of_input and of_weight and how is not None and _in_one_pass(x, how):
             to_x, _, _ = operation.backward(grad, x, used_weight, (True, False, False))
             assert to_x is not None
@@ -133,34 +132,24 @@ class OnData(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, offset, weight = ctx.saved_tensors
         how = ctx.how._replace(scale=scale, offset=offset)
-        used = rounded(x, how)
-        to_input, to_weight, to_bias = _of_data(ctx.operation, grad, x, how, used, weight, True, ctx.biased)
+        wanted = False, True, ctx.biased
+        to_input, to_weight, to_bias = _of_data(ctx.operation, grad, x, how, rounded(x, how), weight, wanted)
         return *to_input, to_weight, to_bias, None, None
 
 
 def _of_data(
-    operation: Operation,
-    grad: Tensor,
-    x: Tensor,
-    how: Rounding,
-    used: Tensor,
-    weight: Tensor,
-    of_weight: bool,
-    of_bias: bool,
+    operation: Operation, grad: Tensor, x: Tensor, how: Rounding, used: Tensor, weight: Tensor, wanted: Wanted
 ) -> tuple[Part, Tensor | None, Tensor | None]:
     """The gradients to an input that needs none itself, such as a batch of data, but its step and offset; and
     those to weight and bias that are wanted.
 
     The gradient to a wide input of few channels costs more than anything else in its layer. The output being linear in
-    input and weight, the inner product of that gradient with any change of the input is that of the weight with the
-    gradient which the weight would have if the change were the input.
+    the input, the inner product of that gradient with a change of the input is that of the output's gradient with the
+    change of the output.
     """
     moves = [change for change in changes(x, how) if change is not None]
-    found, to_bias = operation.of_weight(grad, [used, *moves] if of_weight else moves, weight, of_bias)
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    by_scale, *by_offset = [(part.to(wide) * weight.to(wide)).sum() for part in found[-len(moves) :]]
-    to_input = None, *scaled(how, by_scale, by_offset[0] if by_offset else None)
-    return to_input, found[0] if of_weight else None, to_bias
+    to_weight, to_bias, (by_scale, *by_offset) = operation.of_data(grad, used, moves, weight, wanted)
+    return (None, *scaled(how, by_scale, by_offset[0] if by_offset else None)), to_weight, to_bias
 
 
 def _in_one_pass(x: Tensor, how: Rounding) -> bool:

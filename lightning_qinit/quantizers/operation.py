@@ -7,9 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_qinit.quantizers.kernels import is_recorded
+
 Wanted = tuple[bool, bool, bool]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-OfWeight = tuple[Sequence[Tensor], Tensor | None]
+OfData = tuple[Tensor | None, Tensor | None, list[Tensor]]
+
+ALIGNED = 8  # channels: a convolution of fewer takes a GPU as long
+PART = 2**21  # values that a CPU holds in its cache
 
 
 class Operation(Protocol):
@@ -21,16 +26,24 @@ class Operation(Protocol):
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: Wanted) -> Gradients:
         """The gradients to input, weight and bias, in memory of their own; ``None`` for those that are not wanted."""
 
-    def of_weight(self, grad: Tensor, inputs: Sequence[Tensor], weight: Tensor, of_bias: bool) -> OfWeight:
-        """The gradients to the weight that there would be with each of the inputs; and that to the bias if wanted."""
+    def of_data(self, grad: Tensor, x: Tensor, changes: Sequence[Tensor], weight: Tensor, wanted: Wanted) -> OfData:
+        """Those to weight and bias, of an input that needs none; and the inner product of ``grad`` with how the output
+        changes with each change of the input."""
 
 
-def _each(operation: Operation, grad: Tensor, inputs: Sequence[Tensor], weight: Tensor, of_bias: bool) -> OfWeight:
-    """As :meth:`Operation.of_weight`, input by input."""
-    first, *others = inputs
-    _, found, to_bias = operation.backward(grad, first, weight, (False, True, of_bias))
-    rest = [operation.backward(grad, x, weight, (False, True, False))[1] for x in others]
-    return [part for part in (found, *rest) if part is not None], to_bias
+def _of_data(
+    operation: Operation, grad: Tensor, x: Tensor, changes: Sequence[Tensor], weight: Tensor, wanted: Wanted
+) -> OfData:
+    to_weight, to_bias = operation.backward(grad, x, weight, wanted)[1:] if any(wanted) else (None, None)
+    return to_weight, to_bias, [_along(operation, grad, change, weight) for change in changes]
+
+
+def _along(operation: Operation, grad: Tensor, change: Tensor, weight: Tensor) -> Tensor:
+    """The inner product of ``grad`` with how the output changes, on a CPU by parts of the batch, in little memory."""
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    size = max(1, PART * len(grad) // grad.numel()) if grad.is_cpu and not is_recorded() else len(grad)
+    parts = zip(change.split(size), grad.split(size), strict=True)
+    return torch.stack([(operation(part, weight, None).to(wide) * g.to(wide)).sum() for part, g in parts]).sum()
 
 
 class Product(NamedTuple):
@@ -47,11 +60,9 @@ class Product(NamedTuple):
             rows.sum(0) if wanted[2] else None,
         )
 
-    def of_weight(self, grad: Tensor, inputs: Sequence[Tensor], weight: Tensor, of_bias: bool) -> OfWeight:
-        return _each(self, grad, inputs, weight, of_bias)
-
-
-ALIGNED = 8  # channels: a convolution of fewer takes a GPU as long
+    def of_data(self, grad: Tensor, x: Tensor, changes: Sequence[Tensor], weight: Tensor, wanted: Wanted) -> OfData:
+        grad, x, *changes = [values.reshape(-1, values.shape[-1]) for values in (grad, x, *changes)]
+        return _of_data(self, grad, x, changes, weight, wanted)
 
 
 class Convolution(NamedTuple):  # torch.compile knows named tuples, where a class of our own breaks it in torch 2.11
@@ -72,15 +83,23 @@ class Convolution(NamedTuple):  # torch.compile knows named tuples, where a clas
         result: Gradients = torch.ops.aten.convolution_backward(grad, x, weight, sizes, *self, wanted)
         return result
 
-    def of_weight(self, grad: Tensor, inputs: Sequence[Tensor], weight: Tensor, of_bias: bool) -> OfWeight:
-        few = len(inputs) * weight.shape[1] <= ALIGNED
-        if grad.is_cuda and few and self.groups == 1 and not self.transposed:
-            return self.of_weight_at_once(grad, inputs, weight, of_bias)
-        return _each(self, grad, inputs, weight, of_bias)
+    def of_data(self, grad: Tensor, x: Tensor, changes: Sequence[Tensor], weight: Tensor, wanted: Wanted) -> OfData:
+        few = (1 + len(changes)) * weight.shape[1] <= ALIGNED
+        if grad.is_cuda and few and wanted[1] and self.groups == 1 and not self.transposed:
+            return self.of_data_at_once(grad, x, changes, weight, wanted)
+        return _of_data(self, grad, x, changes, weight, wanted)
 
-    def of_weight_at_once(self, grad: Tensor, inputs: Sequence[Tensor], weight: Tensor, of_bias: bool) -> OfWeight:
-        """The same for a convolution without groups, not transposed: the inputs as channels of one."""
-        count = len(inputs)
-        joint = [torch.cat(list(inputs), 1)]
-        (found,), to_bias = _each(self, grad, joint, torch.cat(count * [weight], 1), of_bias)
-        return found.chunk(count, 1), to_bias
+    def of_data_at_once(
+        self, grad: Tensor, x: Tensor, changes: Sequence[Tensor], weight: Tensor, wanted: Wanted
+    ) -> OfData:
+        """The same for a convolution without groups, not transposed, as one with the changes as further channels.
+
+        The output being linear in input and weight, what is asked of a change is the inner product of the weight with
+        the gradient that it would have if the change were the input.
+        """
+        inputs = [x, *changes]
+        _, found, to_bias = self.backward(grad, torch.cat(inputs, 1), torch.cat(len(inputs) * [weight], 1), wanted)
+        assert found is not None
+        to_weight, *by_change = found.chunk(len(inputs), 1)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return to_weight, to_bias, [(part.to(wide) * weight.to(wide)).sum() for part in by_change]
