@@ -85,12 +85,15 @@ def _without_gaps(x: Tensor) -> Tensor:
 def _call(function: Any, results: tuple[Tensor | None, ...], x: Tensor, how: "Rounding", *constants: Any) -> None:
     channels, axis, (unit, start) = how.scale.numel(), how.axis, (None, None) if how.units is None else how.units[:2]
     inner = x.numel() if axis is None or channels == 1 else x.stride()[axis]
-    parameters = [
-        t if t is None else t.float().contiguous() for t in (how.scale, unit, how.offset, start, how.levels.points)
-    ]
-    addresses = [t if t is None else t.data_ptr() for t in (*results, x, *parameters)]
+    parameters = [_plain(t) for t in (how.scale, unit, how.offset, start, how.levels.points)]
+    addresses = [None if t is None else t.data_ptr() for t in (*results, x, *parameters)]
     lie = x.numel() // (channels * inner), channels, inner
     function(*addresses, *lie, torch.get_num_threads(), how.levels.points.shape[0], how.levels.uniform, *constants)
+
+
+def _plain(x: Tensor | None) -> Tensor | None:
+    """The values as the kernels read them; without a call of torch if they are."""
+    return x if x is None or (x.dtype == torch.float32 and x.is_contiguous()) else x.float().contiguous()
 
 
 @functools.cache
