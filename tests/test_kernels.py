@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_qinit import calibrate, prepare
 from lightning_qinit.insertion import quantized_layers
 from lightning_qinit.quantizers import LSQ, PACT, APoT, Codebook, LSQPlus, Quantizer, cpu, kernels
+from lightning_qinit.quantizers import operation as operations
 from lightning_qinit.quantizers.fused import release_scratch
 from lightning_qinit.quantizers.operation import Convolution
 from lightning_qinit.quantizers.straight_through import round_to_levels
@@ -175,19 +176,30 @@ def test_what_does_not_fit_fails_as_the_operations_do(kernels: str) -> None:
         assert negated.is_neg() and torch.equal(quantizer(negated), torch.tensor([-0.2]))
 
 
-@pytest.mark.parametrize("shapes", [((3, 1), (1, 1)), ((1, 1), (3, 1)), ((3,), None)], ids=str)
-def test_steps_and_offsets_that_broadcast_otherwise(shapes: tuple) -> None:
-    steps, offsets = shapes
+STEPS = torch.tensor([[0.1], [0.2], [0.3]])
 
-    class Broadcast(LSQ):
+
+@pytest.mark.parametrize(
+    ("step", "offset"),
+    [
+        (STEPS, torch.tensor([[0.4]])),
+        (STEPS[:1], STEPS),
+        (STEPS[:, 0], None),
+        (STEPS.repeat(1, 2)[:, :1], None),
+        (STEPS.double(), STEPS.double()),
+    ],
+    ids=["one offset", "one step", "fewer axes", "with gaps", "double"],
+)
+def test_steps_and_offsets_that_kernels_cannot_read(step: Tensor, offset: Tensor | None) -> None:
+    class Given(LSQ):
         has_offset = True
 
         def quantize(self, x: Tensor, scale: Tensor, elements: int, dtype: torch.dtype) -> Tensor:
-            scale = torch.linspace(0.1, 0.3, math.prod(steps)).view(steps)
-            offset = None if offsets is None else torch.linspace(-0.2, 0.4, math.prod(offsets)).view(offsets)
-            return round_to_levels(x, self._rounding(x, scale, offset, None, elements, dtype))
+            how = self._rounding(x, step, offset, None, elements, dtype)
+            assert not how.fits(x)
+            return round_to_levels(x, how)
 
-    quantizer, x, results = Broadcast(4), torch.randn(3, 3), {}
+    quantizer, x, results = Given(4), torch.randn(3, 3), {}
     quantizer.start(torch.tensor([0.2]), 4, True)
     for setting in ("eager", "compiled"):
         results[setting] = with_kernels(quantizer, setting)(x)
@@ -484,14 +496,33 @@ def test_the_step_of_data_learns_inside_a_compiled_module(layer: str, quantizer:
         assert torch.allclose(got, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_changes_as_further_channels_of_a_convolution() -> None:
+@pytest.mark.parametrize("part", [1, 2**21], ids=["by parts", "whole"])
+def test_what_data_gives_to_steps_in_all_ways(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operations, "PART", part)
     operation = Convolution((2, 1), (1, 0), (1, 2), False, (0, 0), 1)
     weight, x, *changes = torch.randn(5, 3, 3, 2), *(torch.randn(4, 3, 9, 8) for _ in range(3))
     grad, wanted = torch.randn_like(operation(x, weight, None)), (False, True, True)
-    *separate, along = operation.of_data(grad, x, changes, weight, wanted)
-    *joint, same = operation.of_data_at_once(grad, x, changes, weight, wanted)
-    for one, other in zip((*separate, *along), (*joint, *same), strict=True):
-        assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+    _, to_weight, to_bias = operation.backward(grad, x, weight, wanted)
+    along = [(operation(change, weight, None) * grad).sum() for change in changes]
+    for way in (operation.of_data, operation.of_data_at_once):
+        *found, inner = way(grad, x, changes, weight, wanted)
+        for expected, got in zip((to_weight, to_bias, *along), (*found, *inner), strict=True):
+            assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("needs_gradient", [True, False], ids=["input of a layer", "data"])
+def test_frozen_weights_change_no_other_gradient(needs_gradient: bool) -> None:
+    model, x = nn.Sequential(nn.Conv2d(4, 6, 3)), torch.randn(3, 4, 7, 7)
+    quantized(model, x)
+    (layer,) = model
+    x.requires_grad_(needs_gradient)
+    free = gradients(layer, x, layer)
+    frozen = layer.weight, layer.weight_quantizer.relative_step
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    kept = [not any(p is q for q in frozen) for p in layer.parameters()]
+    for expected, got, same in zip(free, gradients(layer, x, layer), [True, *kept, True], strict=False):
+        assert torch.equal(got, expected) if same else got is None
 
 
 def test_compiles_nothing_in_a_fast_dev_run(make_trainer: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

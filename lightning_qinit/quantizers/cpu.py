@@ -83,17 +83,13 @@ def _without_gaps(x: Tensor) -> Tensor:
 
 
 def _call(function: Any, results: tuple[Tensor | None, ...], x: Tensor, how: "Rounding", *constants: Any) -> None:
-    channels, axis, (unit, start) = how.scale.numel(), how.axis, (None, None) if how.units is None else how.units[:2]
-    inner = x.numel() if axis is None or channels == 1 else x.stride()[axis]
-    parameters = [_plain(t) for t in (how.scale, unit, how.offset, start, how.levels.points)]
-    addresses = [None if t is None else t.data_ptr() for t in (*results, x, *parameters)]
+    points, channels, axis = how.levels.points, how.scale.numel(), how.axis
+    unit, start = (None, None) if how.units is None else how.units[:2]
+    inner = x.numel() if channels == 1 or axis is None else x.stride(axis)
+    tensors = *results, x, how.scale, unit, how.offset, start, points
+    addresses = [None if t is None else t.data_ptr() for t in tensors]
     lie = x.numel() // (channels * inner), channels, inner
-    function(*addresses, *lie, torch.get_num_threads(), how.levels.points.shape[0], how.levels.uniform, *constants)
-
-
-def _plain(x: Tensor | None) -> Tensor | None:
-    """The values as the kernels read them; without a call of torch if they are."""
-    return x if x is None or (x.dtype == torch.float32 and x.is_contiguous()) else x.float().contiguous()
+    function(*addresses, *lie, torch.get_num_threads(), points.shape[0], how.levels.uniform, *constants)
 
 
 @functools.cache

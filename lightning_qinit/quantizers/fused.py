@@ -85,17 +85,18 @@ class Fused(torch.autograd.Function):
         )
         if used_weight is None or torch.is_grad_enabled():
             used_weight = _used(weight, how_weight, WEIGHT)
+        wanted = of_input, of_weight, of_bias
         if of_input and how is not None and how.scale.numel() == 1 and not ctx.needs_input_grad[0]:
-            wanted = False, of_weight, of_bias
-            to_input, to_weight, to_bias = _of_data(operation, grad, x, how, _used(x, how, INPUT), used_weight, wanted)
+            used = _used(x, how, INPUT) if of_weight else x
+            to_input, to_weight, to_bias = _of_data(operation, grad, x, how, used, used_weight, wanted)
         elif of_input and of_weight and how is not None and _in_one_pass(x, how):
             to_x, _, _ = operation.backward(grad, x, used_weight, (True, False, False))
             assert to_x is not None
             used, to_input = rounded_with_gradients(to_x, x, how, INPUT)
             _, to_weight, to_bias = operation.backward(grad, used, used_weight, (False, True, of_bias))
         else:
-            wanted = of_input, of_weight, of_bias
-            found = operation.backward(grad, _used(x, how, INPUT), used_weight, wanted) if any(wanted) else 3 * (None,)
+            used = _used(x, how, INPUT) if of_weight else x  # of which the shape alone counts
+            found = operation.backward(grad, used, used_weight, wanted) if any(wanted) else 3 * (None,)
             to_x, to_weight, to_bias = found
             to_input = _gradients(to_x, x, how)
         return *to_input, *_gradients(to_weight, weight, how_weight), to_bias, None, None, None
@@ -132,7 +133,7 @@ class OnData(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, offset, weight = ctx.saved_tensors
         how = ctx.how._replace(scale=scale, offset=offset)
-        wanted = False, True, ctx.biased
+        wanted = True, True, ctx.biased
         to_input, to_weight, to_bias = _of_data(ctx.operation, grad, x, how, rounded(x, how), weight, wanted)
         return *to_input, to_weight, to_bias, None, None
 
@@ -148,6 +149,7 @@ def _of_data(
     change of the output.
     """
     moves = [change for change in changes(x, how) if change is not None]
+    wanted = False, *wanted[1:]
     to_weight, to_bias, (by_scale, *by_offset) = operation.of_data(grad, used, moves, weight, wanted)
     return (None, *scaled(how, by_scale, by_offset[0] if by_offset else None)), to_weight, to_bias
 

@@ -61,20 +61,25 @@ class Rounding(NamedTuple):
         return next((axis for axis, size in enumerate(self.scale.shape) if size > 1), None)
 
     def fits(self, x: Tensor) -> bool:
-        """Whether step and offset are on the device of the values, and there is one for all or one per channel."""
-        units, axis, channels = self.units, self.axis, self.scale.numel()
-        start = None if units is None else units.offset
-        beside = [t for t in (self.offset, start, units and units.step) if t is not None]
-        if any(t.device != x.device for t in (self.scale, self.levels.points, *beside)):
+        """Whether kernels can read step, offset and levels: beside the values, and one for all or one per channel."""
+        scale, offset, points, units = self.scale, self.offset, self.levels.points, self.units
+        unit, start = (None, None) if units is None else units[:2]
+        device, shape = x.device, scale.shape
+        if points.device != device or points.dtype != torch.float32:
             return False
-        if any(t.shape != self.scale.shape for t in beside):
+        for t in (scale, offset, unit, start):
+            if t is not None and (t.device != device or t.dtype != torch.float32 or t.shape != shape):
+                return False
+            if t is not None and not t.is_contiguous():
+                return False
+        if units is not None and (start is None) != (offset is None):
             return False
-        if units is not None and (start is None) != (self.offset is None):
-            return False
+        channels = scale.numel()
         if channels == 1:
             return True
-        if units is None and self.scale.dim() != x.dim():
+        if units is None and len(shape) != x.dim():
             return False
+        axis = self.axis
         return axis is not None and axis < x.dim() and x.shape[axis] == channels
 
     def without_units(self, x: Tensor) -> "Rounding":
