@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_qinit.quantizers.kernels import DTYPES
 from lightning_qinit.quantizers.relative import MAX_DRIFT
 from lightning_qinit.quantizers.scratch import Scratch
 
 if TYPE_CHECKING:
     from lightning_qinit.quantizers.rounding import Gradients, Rounding
 
-TYPES = {torch.float32: "float", torch.bfloat16: "c10::BFloat16", torch.float16: "c10::Half"}
 ADDRESS, SIZE, COUNT, FLAG, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_bool, ctypes.c_float
 # x, scale, unit, offset, start, levels; how values lie, threads, the number of levels, whether they are uniform
 PARAMETERS = *6 * [ADDRESS], *3 * [SIZE], COUNT, COUNT, FLAG
@@ -98,7 +98,7 @@ def _library(values: torch.dtype, results: torch.dtype) -> ctypes.CDLL:
     # torch.compile's own way to compile: it knows which compiler and which flags, and keeps the result on disk
     from torch._inductor.codecache import CppCodeCache
 
-    defined = {"IN": TYPES[values], "OUT": TYPES[results], "DRIFT": f"{MAX_DRIFT}f"}
+    defined = {"IN": DTYPES[values], "OUT": DTYPES[results], "DRIFT": f"{MAX_DRIFT}f"}
     source = "".join(f"#define {name} {value}\n" for name, value in defined.items())
     library: ctypes.CDLL = CppCodeCache.load(source + Path(__file__).with_name("cpu.cpp").read_text())
     for name, types in FUNCTIONS.items():
