@@ -268,7 +268,7 @@ def test_the_step_of_data_learns_inside_a_compiled_module(layer: str, quantizer:
 
 @pytest.mark.parametrize("part", [1, 2**21], ids=["by parts", "whole"])
 def test_what_data_gives_to_steps_in_all_ways(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operations, "PART", part)
+    monkeypatch.setitem(operations.PARTS, "cpu", part)
     operation = Convolution((2, 1), (1, 0), (1, 2), False, (0, 0), 1)
     weight, x, *changes = torch.randn(5, 3, 3, 2), *(torch.randn(4, 3, 9, 8) for _ in range(3))
     grad, wanted = torch.randn_like(operation(x, weight, None)), (False, True, True)

@@ -14,7 +14,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 OfData = tuple[Tensor | None, Tensor | None, list[Tensor]]
 
 ALIGNED = 8  # channels: a convolution of fewer takes a GPU as long
-PART = 2**21  # values that a CPU holds in its cache
+PARTS = {"cpu": 2**21, "cuda": 2**24}  # values that a CPU holds in its cache, and that keep a GPU busy
 
 
 class Operation(Protocol):
@@ -39,9 +39,10 @@ def _of_data(
 
 
 def _along(operation: Operation, grad: Tensor, change: Tensor, weight: Tensor) -> Tensor:
-    """The inner product of ``grad`` with how the output changes, on a CPU by parts of the batch, in little memory."""
+    """The inner product of ``grad`` with how the output changes, by parts of the batch: all of it is large."""
     wide = torch.promote_types(grad.dtype, torch.float32)
-    size = max(1, PART * len(grad) // grad.numel()) if grad.is_cpu and not is_recorded() else len(grad)
+    most = PARTS.get(grad.device.type)
+    size = len(grad) if most is None or is_recorded() else max(1, most * len(grad) // grad.numel())
     parts = zip(change.split(size), grad.split(size), strict=True)
     return torch.stack([(operation(part, weight, None).to(wide) * g.to(wide)).sum() for part, g in parts]).sum()
 
