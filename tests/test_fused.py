@@ -266,6 +266,24 @@ def test_the_step_of_data_learns_inside_a_compiled_module(layer: str, quantizer:
         assert torch.allclose(got, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize(
+    ("quantizer", "dynamic"), [("lsq", None), ("lsq", True), ("lsq+", True), ("apot", True), ("pact", True)]
+)
+def test_inside_a_module_compiled_for_any_size(quantizer: str, dynamic: bool | None) -> None:
+    torch.compiler.reset()
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=2), nn.Flatten(2), nn.Linear(16, 4))
+    quantized(model, torch.randn(4, 3, 8, 8), quantizer=quantizer)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for batch in (4, 7, 9):
+        x, found = torch.randn(batch, 3, 8, 8), []
+        for forward in (model, compiled):
+            model.zero_grad()
+            forward(x).square().mean().backward()
+            found.append([p.grad.clone() for p in model.parameters()])
+        for expected, got in zip(*found, strict=True):
+            assert torch.allclose(got, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("part", [1, 2**21], ids=["by parts", "whole"])
 def test_what_data_gives_to_steps_in_all_ways(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(operations.PARTS, "cpu", part)

@@ -16,7 +16,7 @@ from lightning_qinit.quantizers.chain import Levels
 from lightning_qinit.quantizers.fused import Operand
 from lightning_qinit.quantizers.kept import KeptWeight
 from lightning_qinit.quantizers.kernels import Kernels, is_tracing
-from lightning_qinit.quantizers.relative import OF_OFFSET, OF_STEP, relative
+from lightning_qinit.quantizers.relative import of_offset, of_step, relative
 from lightning_qinit.quantizers.rounding import Rounding, Units
 from lightning_qinit.quantizers.straight_through import round_to_levels
 
@@ -169,7 +169,7 @@ class Quantizer(nn.Module, ABC):
         dtype: torch.dtype,
     ) -> Rounding:
         points = self.points if x.dtype != torch.float64 or self.uniform else self.levels.to(x)
-        levels = Levels(points, self.low, self.high, self.uniform)
+        levels = Levels(points, float(self.low), float(self.high), self.uniform)
         constants = self.learns_rounding, self.gradient_scale(elements), dtype, self.kernels
         how = Rounding(scale, offset, levels, *constants, units)
         return self.kept.known(x, how, self.relative_step, self.initial_step)
@@ -189,14 +189,14 @@ class Quantizer(nn.Module, ABC):
     @property
     def step(self) -> Tensor:
         """The step in use, ``(channels,)``: within ``initial_step`` divided or times 2^16."""
-        return relative(whole(self.relative_step), None, self.initial_step, OF_STEP)
+        return relative(whole(self.relative_step), None, self.initial_step, of_step())
 
     @property
     def offset(self) -> Tensor | None:
         """The offset in use, ``(channels,)``: within 2^16 initial steps of where it started; ``None`` without one."""
         if self.relative_offset is None:
             return None
-        return relative(whole(self.relative_offset), self.initial_offset, self.initial_step, OF_OFFSET)
+        return relative(whole(self.relative_offset), self.initial_offset, self.initial_step, of_offset())
 
     @property
     def active(self) -> bool:

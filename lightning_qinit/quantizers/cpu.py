@@ -98,7 +98,7 @@ def _library(values: torch.dtype, results: torch.dtype) -> ctypes.CDLL:
     # torch.compile's own way to compile: it knows which compiler and which flags, and keeps the result on disk
     from torch._inductor.codecache import CppCodeCache
 
-    defined = {"IN": DTYPES[values], "OUT": DTYPES[results], "DRIFT": f"{MAX_DRIFT}f"}
+    defined = {"IN": DTYPES[values], "OUT": DTYPES[results], "DRIFT": f"{MAX_DRIFT}.0f"}
     source = "".join(f"#define {name} {value}\n" for name, value in defined.items())
     library: ctypes.CDLL = CppCodeCache.load(source + Path(__file__).with_name("cpu.cpp").read_text())
     for name, types in FUNCTIONS.items():

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 BLOCKS = 256, 2048, 8192  # values of one program: few sizes, so that few kernels are compiled
 BIAS = tl.constexpr(1.5 * 2**23)  # added and taken away, it rounds float32 to integers, halves to even
-DRIFT = tl.constexpr(relative.MAX_DRIFT)
+DRIFT = tl.constexpr(float(relative.MAX_DRIFT))
 PRECISE = {"enable_fp_fusion": False}  # the codes are those of the chain of operations, to the last bit
 
 

@@ -24,9 +24,17 @@ class Bounds(NamedTuple):
 
 # A step may move this far from where it started, either way. Steps of trained networks move by tens of percent
 # (LSQ, section 3.5), so the bounds only catch a step that ran away.
-MAX_DRIFT = 2.0**16
-OF_STEP = Bounds(1 / MAX_DRIFT, MAX_DRIFT, 1.0)
-OF_OFFSET = Bounds(-MAX_DRIFT, MAX_DRIFT, 0.0)
+MAX_DRIFT = 2**16  # an integer: to torch.compile(dynamic=True) a float outside of functions is an input that may change
+
+
+def of_step() -> Bounds:
+    """Of a step."""
+    return Bounds(1 / MAX_DRIFT, float(MAX_DRIFT), 1.0)
+
+
+def of_offset() -> Bounds:
+    """Of an offset."""
+    return Bounds(-float(MAX_DRIFT), float(MAX_DRIFT), 0.0)
 
 
 class _Relative(torch.autograd.Function):

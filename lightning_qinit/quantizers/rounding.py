@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_qinit.functional.fake_quantize import broadcast_channels
 from lightning_qinit.quantizers.chain import Levels, backward, forward, tangents
 from lightning_qinit.quantizers.kernels import Kernels, Passes, written_for
-from lightning_qinit.quantizers.relative import OF_OFFSET, OF_STEP, gradient, relative
+from lightning_qinit.quantizers.relative import gradient, of_offset, of_step, relative
 from lightning_qinit.quantizers.scratch import Scratch
 
 Gradients = tuple[Tensor, Tensor | None, Tensor | None]
@@ -87,9 +87,9 @@ class Rounding(NamedTuple):
         if self.units is None:
             return self
         unit, start, axis = self.units
-        scale, offset = relative(self.scale, None, unit, OF_STEP), self.offset
+        scale, offset = relative(self.scale, None, unit, of_step()), self.offset
         if offset is not None:
-            offset = broadcast_channels(relative(offset, start, unit, OF_OFFSET), x, axis)
+            offset = broadcast_channels(relative(offset, start, unit, of_offset()), x, axis)
         return self._replace(scale=broadcast_channels(scale, x, axis), offset=offset, units=None)
 
 
@@ -149,9 +149,9 @@ def scaled(how: Rounding, to_scale: Tensor, to_offset: Tensor | None) -> tuple[T
         to_offset = to_offset.reshape(how.scale.shape) * how.gradient_scale
     if how.units is not None:
         unit = how.units.step
-        to_scale = gradient(to_scale, how.scale, unit, OF_STEP)
+        to_scale = gradient(to_scale, how.scale, unit, of_step())
         if to_offset is not None and how.offset is not None:
-            to_offset = gradient(to_offset, how.offset, unit, OF_OFFSET)
+            to_offset = gradient(to_offset, how.offset, unit, of_offset())
     return to_scale, to_offset
 
 
