@@ -198,6 +198,17 @@ def test_steps_and_offsets_that_kernels_cannot_read(step: Tensor, offset: Tensor
     assert torch.equal(*results.values())
 
 
+def test_levels_with_gaps() -> None:
+    class Gaps(LSQ):
+        def level_set(self, bits: int, signed: bool) -> Tensor:
+            return torch.linspace(-2, 2, 9)[::4]
+
+    quantizer, x = Gaps(2), torch.tensor([-2.0, -0.4, 1.4])
+    quantizer.start(torch.tensor([1.0]), 2, True)
+    for setting in ("eager", "compiled"):
+        assert torch.equal(with_kernels(quantizer, setting)(x), torch.tensor([-2.0, 0.0, 2.0]))
+
+
 class TestWithoutCompiler:
     @pytest.fixture(autouse=True)
     def _no_compiler(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

@@ -126,7 +126,7 @@ class Quantizer(nn.Module, ABC):
         self.low, self.high, self.positive = float(levels[0]), float(levels[-1]), int((levels > 0).sum())
         self.uniform = is_run(levels)
         points = levels[[0, -1]] if self.uniform else levels
-        self.register_buffer("points", points.to(self.initial_step), persistent=False)
+        self.register_buffer("points", points.to(self.initial_step).contiguous(), persistent=False)
         self.kept.switch(self.kept.on)
 
     @abstractmethod
@@ -169,6 +169,7 @@ class Quantizer(nn.Module, ABC):
         dtype: torch.dtype,
     ) -> Rounding:
         points = self.points if x.dtype != torch.float64 or self.uniform else self.levels.to(x)
+        # torch.compile(dynamic=True) has to meet a float before the step of autograd that reads it, and float() does so
         levels = Levels(points, float(self.low), float(self.high), self.uniform)
         constants = self.learns_rounding, self.gradient_scale(elements), dtype, self.kernels
         how = Rounding(scale, offset, levels, *constants, units)

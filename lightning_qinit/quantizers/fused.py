@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_qinit.quantizers.operation import Operation, Wanted
+from lightning_qinit.quantizers.operation import Operation
 from lightning_qinit.quantizers.rounding import Rounding, changes, gradients, rounded, rounded_with_gradients, scaled
 from lightning_qinit.quantizers.scratch import Scratch
 from lightning_qinit.quantizers.straight_through import round_to_levels
@@ -85,19 +85,19 @@ class Fused(torch.autograd.Function):
         )
         if used_weight is None or torch.is_grad_enabled():
             used_weight = _used(weight, how_weight, WEIGHT)
-        wanted = of_input, of_weight, of_bias
+        # for the gradient to the input its shape and dtype are enough
+        read = how if of_weight or how is None or x.dtype != how.dtype else None
         if of_input and how is not None and how.scale.numel() == 1 and not ctx.needs_input_grad[0]:
-            used = _used(x, how, INPUT) if of_weight else x
-            to_input, to_weight, to_bias = _of_data(operation, grad, x, how, used, used_weight, wanted)
+            used = _used(x, read, INPUT)
+            to_input, to_weight, to_bias = _of_data(operation, grad, x, how, used, used_weight, of_weight, of_bias)
         elif of_input and of_weight and how is not None and _in_one_pass(x, how):
             to_x, _, _ = operation.backward(grad, x, used_weight, (True, False, False))
             assert to_x is not None
             used, to_input = rounded_with_gradients(to_x, x, how, INPUT)
             _, to_weight, to_bias = operation.backward(grad, used, used_weight, (False, True, of_bias))
         else:
-            used = _used(x, how, INPUT) if of_weight else x  # of which the shape alone counts
-            found = operation.backward(grad, used, used_weight, wanted) if any(wanted) else 3 * (None,)
-            to_x, to_weight, to_bias = found
+            used, wanted = _used(x, read, INPUT), (of_input, of_weight, of_bias)
+            to_x, to_weight, to_bias = operation.backward(grad, used, used_weight, wanted)
             to_input = _gradients(to_x, x, how)
         return *to_input, *_gradients(to_weight, weight, how_weight), to_bias, None, None, None
 
@@ -126,20 +126,27 @@ class OnData(torch.autograd.Function):
         how: Rounding,
     ) -> Tensor:
         ctx.save_for_backward(x, scale, offset, weight)
-        ctx.operation, ctx.how, ctx.biased = operation, how, bias is not None
+        ctx.operation, ctx.how = operation, how
         return operation(rounded(x, how), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, offset, weight = ctx.saved_tensors
         how = ctx.how._replace(scale=scale, offset=offset)
-        wanted = True, True, ctx.biased
-        to_input, to_weight, to_bias = _of_data(ctx.operation, grad, x, how, rounded(x, how), weight, wanted)
+        wanted = ctx.needs_input_grad[3], ctx.needs_input_grad[4]
+        to_input, to_weight, to_bias = _of_data(ctx.operation, grad, x, how, rounded(x, how), weight, *wanted)
         return *to_input, to_weight, to_bias, None, None
 
 
 def _of_data(
-    operation: Operation, grad: Tensor, x: Tensor, how: Rounding, used: Tensor, weight: Tensor, wanted: Wanted
+    operation: Operation,
+    grad: Tensor,
+    x: Tensor,
+    how: Rounding,
+    used: Tensor,
+    weight: Tensor,
+    of_weight: bool,
+    of_bias: bool,
 ) -> tuple[Part, Tensor | None, Tensor | None]:
     """The gradients to an input that needs none itself, such as a batch of data, but its step and offset; and
     those to weight and bias that are wanted.
@@ -149,8 +156,8 @@ def _of_data(
     change of the output.
     """
     moves = [change for change in changes(x, how) if change is not None]
-    wanted = False, *wanted[1:]
-    to_weight, to_bias, (by_scale, *by_offset) = operation.of_data(grad, used, moves, weight, wanted)
+    to_weight, to_bias, found = operation.of_data(grad, used, moves, weight, of_weight, of_bias)
+    by_scale, *by_offset = found
     return (None, *scaled(how, by_scale, by_offset[0] if by_offset else None)), to_weight, to_bias
 
 

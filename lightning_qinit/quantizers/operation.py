@@ -26,25 +26,29 @@ class Operation(Protocol):
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: Wanted) -> Gradients:
         """The gradients to input, weight and bias, in memory of their own; ``None`` for those that are not wanted."""
 
-    def of_data(self, grad: Tensor, x: Tensor, changes: Sequence[Tensor], weight: Tensor, wanted: Wanted) -> OfData:
-        """Those to weight and bias, of an input that needs none; and the inner product of ``grad`` with how the output
-        changes with each change of the input."""
+    def of_data(
+        self, grad: Tensor, x: Tensor, changes: Sequence[Tensor], weight: Tensor, of_weight: bool, of_bias: bool
+    ) -> OfData:
+        """The gradients to weight and bias that are wanted, where the input needs none; and the inner product of
+        ``grad`` with how the output changes with each change of the input."""
 
 
-def _of_data(
+def _apart(
     operation: Operation, grad: Tensor, x: Tensor, changes: Sequence[Tensor], weight: Tensor, wanted: Wanted
 ) -> OfData:
-    to_weight, to_bias = operation.backward(grad, x, weight, wanted)[1:] if any(wanted) else (None, None)
+    _, to_weight, to_bias = operation.backward(grad, x, weight, wanted)
     return to_weight, to_bias, [_along(operation, grad, change, weight) for change in changes]
 
 
 def _along(operation: Operation, grad: Tensor, change: Tensor, weight: Tensor) -> Tensor:
     """The inner product of ``grad`` with how the output changes, by parts of the batch: all of it is large."""
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    most = PARTS.get(grad.device.type)
-    size = len(grad) if most is None or is_recorded() else max(1, most * len(grad) // grad.numel())
-    parts = zip(change.split(size), grad.split(size), strict=True)
-    return torch.stack([(operation(part, weight, None).to(wide) * g.to(wide)).sum() for part, g in parts]).sum()
+    wide, most = torch.promote_types(grad.dtype, torch.float32), PARTS.get(grad.device.type)
+    if grad.dtype == torch.float16:  # a change is one in units of the step, which its range is too small for
+        change, weight = change.to(wide), weight.to(wide)
+    count = 1 if most is None or is_recorded() else min(len(grad), -(-grad.numel() // most))
+    parts = zip(change.chunk(count), grad.chunk(count), strict=True)
+    inner = [(operation(part, weight, None).to(wide) * g.to(wide)).sum() for part, g in parts]
+    return inner[0] if count == 1 else torch.stack(inner).sum()
 
 
 class Product(NamedTuple):
@@ -61,9 +65,11 @@ class Product(NamedTuple):
             rows.sum(0) if wanted[2] else None,
         )
 
-    def of_data(self, grad: Tensor, x: Tensor, changes: Sequence[Tensor], weight: Tensor, wanted: Wanted) -> OfData:
+    def of_data(
+        self, grad: Tensor, x: Tensor, changes: Sequence[Tensor], weight: Tensor, of_weight: bool, of_bias: bool
+    ) -> OfData:
         grad, x, *changes = [values.reshape(-1, values.shape[-1]) for values in (grad, x, *changes)]
-        return _of_data(self, grad, x, changes, weight, wanted)
+        return _apart(self, grad, x, changes, weight, (False, of_weight, of_bias))
 
 
 class Convolution(NamedTuple):  # torch.compile knows named tuples, where a class of our own breaks it in torch 2.11
@@ -80,20 +86,26 @@ class Convolution(NamedTuple):  # torch.compile knows named tuples, where a clas
         return torch.convolution(x, weight, bias, *self)
 
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: Wanted) -> Gradients:
-        sizes = [grad.shape[1]] if wanted[2] else None
+        of_input, of_weight, of_bias = wanted
+        if of_bias and not of_weight:  # for which libraries would find the gradient to the weight as well
+            to_input, _, _ = self.backward(grad, x, weight, (of_input, False, False))
+            return to_input, None, grad.sum((0, *range(2, grad.dim())))
+        if not any(wanted):
+            return None, None, None
+        sizes = [grad.shape[1]] if of_bias else None
         result: Gradients = torch.ops.aten.convolution_backward(grad, x, weight, sizes, *self, wanted)
         return result
 
-    def of_data(self, grad: Tensor, x: Tensor, changes: Sequence[Tensor], weight: Tensor, wanted: Wanted) -> OfData:
-        few = (1 + len(changes)) * weight.shape[1] <= ALIGNED
-        if grad.is_cuda and few and wanted[1] and self.groups == 1 and not self.transposed:
-            return self.of_data_at_once(grad, x, changes, weight, wanted)
-        return _of_data(self, grad, x, changes, weight, wanted)
-
-    def of_data_at_once(
-        self, grad: Tensor, x: Tensor, changes: Sequence[Tensor], weight: Tensor, wanted: Wanted
+    def of_data(
+        self, grad: Tensor, x: Tensor, changes: Sequence[Tensor], weight: Tensor, of_weight: bool, of_bias: bool
     ) -> OfData:
-        """The same for a convolution without groups, not transposed, as one with the changes as further channels.
+        wanted, few = (False, of_weight, of_bias), (1 + len(changes)) * weight.shape[1] <= ALIGNED
+        if grad.is_cuda and few and of_weight and self.groups == 1 and not self.transposed:
+            return self.at_once(grad, x, changes, weight, wanted)
+        return _apart(self, grad, x, changes, weight, wanted)
+
+    def at_once(self, grad: Tensor, x: Tensor, changes: Sequence[Tensor], weight: Tensor, wanted: Wanted) -> OfData:
+        """As :meth:`of_data` for a convolution without groups, not transposed: one with the changes as channels.
 
         The output being linear in input and weight, what is asked of a change is the inner product of the weight with
         the gradient that it would have if the change were the input.

@@ -61,23 +61,21 @@ class Rounding(NamedTuple):
         return next((axis for axis, size in enumerate(self.scale.shape) if size > 1), None)
 
     def fits(self, x: Tensor) -> bool:
-        """Whether kernels can read step, offset and levels: beside the values, and one for all or one per channel."""
+        """Whether kernels can read step, offset and levels: as float32 without gaps, beside the values; and whether
+        there is one step for all or one per channel."""
         scale, offset, points, units = self.scale, self.offset, self.levels.points, self.units
         unit, start = (None, None) if units is None else units[:2]
-        device, shape = x.device, scale.shape
-        if points.device != device or points.dtype != torch.float32:
+        steps = [t for t in (scale, offset, unit, start) if t is not None]
+        if any(t.device != x.device or t.dtype != torch.float32 or not t.is_contiguous() for t in (points, *steps)):
             return False
-        for t in (scale, offset, unit, start):
-            if t is not None and (t.device != device or t.dtype != torch.float32 or t.shape != shape):
-                return False
-            if t is not None and not t.is_contiguous():
-                return False
+        if any(t.shape != scale.shape for t in steps):
+            return False
         if units is not None and (start is None) != (offset is None):
             return False
         channels = scale.numel()
         if channels == 1:
             return True
-        if units is None and len(shape) != x.dim():
+        if units is None and scale.dim() != x.dim():
             return False
         axis = self.axis
         return axis is not None and axis < x.dim() and x.shape[axis] == channels
