@@ -223,6 +223,18 @@ def test_compiled_module(quantizer: str) -> None:
         assert torch.allclose(one, other, rtol=2e-2, atol=1e-3 * float(one.abs().max()))
 
 
+def test_frozen_layers_under_autocast() -> None:
+    model, x = torch.nn.Sequential(nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(216, 3)).cuda(), torch.randn(2, 4, 8, 8)
+    prepare(model)
+    calibrate(model, [x.cuda()])
+    model.requires_grad_(False)
+    x = x.cuda().requires_grad_()
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = model(x).float().square().sum()
+    loss.backward()
+    assert x.grad is not None and bool(x.grad.isfinite().all() and x.grad.any())
+
+
 def test_checkpoints_move_between_devices(make_trainer, tmp_path) -> None:
     model = fitted(make_trainer)
     path = tmp_path / "trained.ckpt"
