@@ -224,7 +224,7 @@ def test_compiled_module(quantizer: str) -> None:
 
 
 def test_frozen_layers_under_autocast() -> None:
-    model, x = torch.nn.Sequential(nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(216, 3)).cuda(), torch.randn(2, 4, 8, 8)
+    model, x = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(216, 3)).cuda(), torch.randn(2, 4, 8, 8)
     prepare(model)
     calibrate(model, [x.cuda()])
     model.requires_grad_(False)

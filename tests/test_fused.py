@@ -153,8 +153,8 @@ def test_hooks_around_the_layers_see_what_they_keep() -> None:
         assert torch.allclose(value, wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("of", ["input", "step of data"])
-def test_second_derivatives(of: str) -> None:
+@pytest.mark.parametrize(("of", "atol"), [("input", 1e-6), ("step of data", 1e-3)])  # of up to 700
+def test_second_derivatives(of: str, atol: float) -> None:
     model = quantized(network(), torch.randn(4, 3, 8, 8))
     layers = [model[0], model[2]]
 
@@ -170,7 +170,7 @@ def test_second_derivatives(of: str) -> None:
         for layer in layers:
             layer.weight_quantizer.kernels = layer.input_quantizer.kernels = kernel
         for got, value in zip(penalty(layers), penalty([by_hand(layer) for layer in layers]), strict=True):
-            assert torch.allclose(got, value, rtol=1e-4, atol=1e-5 * float(value.abs().max())) and value.any()
+            assert torch.allclose(got, value, rtol=1e-4, atol=atol) and bool(value.abs().max() > 0)
 
 
 def test_with_hooks_and_while_watched_the_same() -> None:
@@ -301,12 +301,12 @@ def test_what_data_gives_to_steps_in_all_ways(part: int, monkeypatch: pytest.Mon
     monkeypatch.setitem(operations.PARTS, "cpu", part)
     operation = Convolution((2, 1), (1, 0), (1, 2), False, (0, 0), 1)
     weight, x, *changes = torch.randn(5, 3, 3, 2), *(torch.randn(4, 3, 9, 8) for _ in range(3))
-    grad, wanted = torch.randn_like(operation(x, weight, None)), (False, True, True)
-    _, to_weight, to_bias = operation.backward(grad, x, weight, wanted)
+    grad = torch.randn_like(operation(x, weight, None))
+    _, to_weight, to_bias = operation.backward(grad, x, weight, (False, True, True))
     along = [(operation(change, weight, None) * grad).sum() for change in changes]
     for *found, inner in (
         operation.of_data(grad, x, changes, weight, True, True),
-        operation.at_once(grad, x, changes, weight, wanted),
+        operation.at_once(grad, x, changes, weight, True),
     ):
         for expected, got in zip((to_weight, to_bias, *along), (*found, *inner), strict=True):
             assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
@@ -321,7 +321,7 @@ def test_a_change_beyond_half_precision() -> None:
 @pytest.mark.parametrize("frozen", [("weight", "step"), ("weight", "step", "bias"), ("weight",)], ids=" ".join)
 @pytest.mark.parametrize("needs_gradient", [True, False], ids=["input of a layer", "data"])
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("name", ["linear", "conv2d", "transposed"])
+@pytest.mark.parametrize("name", ["linear, sequence", "conv2d", "transposed"])
 def test_frozen_parameters_change_no_other_gradient(
     name: str, autocast: bool, needs_gradient: bool, frozen: tuple
 ) -> None:
@@ -340,8 +340,8 @@ def test_frozen_parameters_change_no_other_gradient(
     free = gradients(layer, x, call)
     for parameter in layer.parameters():
         parameter.requires_grad_(id(parameter) not in stopped)
-    left = [True, *(id(p) not in stopped for p in layer.parameters()), True]
-    for expected, got, same in zip(free, gradients(layer, x, call), left, strict=False):
+    left = [True, *(id(p) not in stopped for p in layer.parameters()), *([True] if needs_gradient else [])]
+    for expected, got, same in zip(free, gradients(layer, x, call), left, strict=True):
         assert got is None if not same else torch.allclose(got, expected, rtol=1e-5)
 
 

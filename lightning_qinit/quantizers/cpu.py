@@ -83,13 +83,11 @@ def _without_gaps(x: Tensor) -> Tensor:
 
 
 def _call(function: Any, results: tuple[Tensor | None, ...], x: Tensor, how: "Rounding", *constants: Any) -> None:
-    points, channels, axis = how.levels.points, how.scale.numel(), how.axis
-    unit, start = (None, None) if how.units is None else how.units[:2]
+    levels, channels, axis = how.levels, how.scale.numel(), how.axis
     inner = x.numel() if channels == 1 or axis is None else x.stride(axis)
-    tensors = *results, x, how.scale, unit, how.offset, start, points
-    addresses = [None if t is None else t.data_ptr() for t in tensors]
+    addresses = [None if t is None else t.data_ptr() for t in (*results, x, *how.read)]
     lie = x.numel() // (channels * inner), channels, inner
-    function(*addresses, *lie, torch.get_num_threads(), points.shape[0], how.levels.uniform, *constants)
+    function(*addresses, *lie, torch.get_num_threads(), levels.points.shape[0], levels.uniform, *constants)
 
 
 @functools.cache

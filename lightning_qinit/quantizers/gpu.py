@@ -102,15 +102,10 @@ def _launch(kernel: Any, how: "Rounding", x: Tensor, *arguments: Any, **constant
     channels, count, blocks, block = _blocks(how, x)
     levels = how.levels.points.shape[0]
     depth = 0 if how.levels.uniform else (levels - 1).bit_length()  # steps of a search among the levels
-    unit, start = (how.units.step, how.units.offset) if how.units is not None else (None, None)
     kernel[(channels * blocks,)](
         *arguments,
         x,
-        how.scale,
-        unit,
-        how.offset,
-        start,
-        how.levels.points,
+        *how.read,
         count,
         blocks,
         block,

@@ -34,9 +34,15 @@ class Operation(Protocol):
 
 
 def _apart(
-    operation: Operation, grad: Tensor, x: Tensor, changes: Sequence[Tensor], weight: Tensor, wanted: Wanted
+    operation: Operation,
+    grad: Tensor,
+    x: Tensor,
+    changes: Sequence[Tensor],
+    weight: Tensor,
+    of_weight: bool,
+    of_bias: bool,
 ) -> OfData:
-    _, to_weight, to_bias = operation.backward(grad, x, weight, wanted)
+    _, to_weight, to_bias = operation.backward(grad, x, weight, (False, of_weight, of_bias))
     return to_weight, to_bias, [_along(operation, grad, change, weight) for change in changes]
 
 
@@ -69,7 +75,7 @@ class Product(NamedTuple):
         self, grad: Tensor, x: Tensor, changes: Sequence[Tensor], weight: Tensor, of_weight: bool, of_bias: bool
     ) -> OfData:
         grad, x, *changes = [values.reshape(-1, values.shape[-1]) for values in (grad, x, *changes)]
-        return _apart(self, grad, x, changes, weight, (False, of_weight, of_bias))
+        return _apart(self, grad, x, changes, weight, of_weight, of_bias)
 
 
 class Convolution(NamedTuple):  # torch.compile knows named tuples, where a class of our own breaks it in torch 2.11
@@ -99,19 +105,21 @@ class Convolution(NamedTuple):  # torch.compile knows named tuples, where a clas
     def of_data(
         self, grad: Tensor, x: Tensor, changes: Sequence[Tensor], weight: Tensor, of_weight: bool, of_bias: bool
     ) -> OfData:
-        wanted, few = (False, of_weight, of_bias), (1 + len(changes)) * weight.shape[1] <= ALIGNED
+        few = (1 + len(changes)) * weight.shape[1] <= ALIGNED
         if grad.is_cuda and few and of_weight and self.groups == 1 and not self.transposed:
-            return self.at_once(grad, x, changes, weight, wanted)
-        return _apart(self, grad, x, changes, weight, wanted)
+            return self.at_once(grad, x, changes, weight, of_bias)
+        return _apart(self, grad, x, changes, weight, of_weight, of_bias)
 
-    def at_once(self, grad: Tensor, x: Tensor, changes: Sequence[Tensor], weight: Tensor, wanted: Wanted) -> OfData:
-        """As :meth:`of_data` for a convolution without groups, not transposed: one with the changes as channels.
+    def at_once(self, grad: Tensor, x: Tensor, changes: Sequence[Tensor], weight: Tensor, of_bias: bool) -> OfData:
+        """As :meth:`of_data`, with the gradient to the weight, for a convolution without groups, not transposed: one
+        with the changes as further channels.
 
         The output being linear in input and weight, what is asked of a change is the inner product of the weight with
         the gradient that it would have if the change were the input.
         """
         inputs = [x, *changes]
-        _, found, to_bias = self.backward(grad, torch.cat(inputs, 1), torch.cat(len(inputs) * [weight], 1), wanted)
+        joint, weights = torch.cat(inputs, 1), torch.cat(len(inputs) * [weight], 1)
+        _, found, to_bias = self.backward(grad, joint, weights, (False, True, of_bias))
         assert found is not None
         to_weight, *by_change = found.chunk(len(inputs), 1)
         wide = torch.promote_types(weight.dtype, torch.float32)

@@ -60,17 +60,22 @@ class Rounding(NamedTuple):
             return self.units.axis
         return next((axis for axis, size in enumerate(self.scale.shape) if size > 1), None)
 
+    @property
+    def read(self) -> tuple[Tensor | None, ...]:
+        """What kernels read, in their order: the step, its unit, the offset, where that starts, and the levels."""
+        unit, start = (None, None) if self.units is None else self.units[:2]
+        return self.scale, unit, self.offset, start, self.levels.points
+
     def fits(self, x: Tensor) -> bool:
         """Whether kernels can read step, offset and levels: as float32 without gaps, beside the values; and whether
         there is one step for all or one per channel."""
-        scale, offset, points, units = self.scale, self.offset, self.levels.points, self.units
-        unit, start = (None, None) if units is None else units[:2]
-        steps = [t for t in (scale, offset, unit, start) if t is not None]
+        scale, units = self.scale, self.units
+        *steps, points = [t for t in self.read if t is not None]
         if any(t.device != x.device or t.dtype != torch.float32 or not t.is_contiguous() for t in (points, *steps)):
             return False
         if any(t.shape != scale.shape for t in steps):
             return False
-        if units is not None and (start is None) != (offset is None):
+        if units is not None and (units.offset is None) != (self.offset is None):
             return False
         channels = scale.numel()
         if channels == 1:
