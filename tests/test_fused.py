@@ -66,6 +66,9 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear, sequence": (lambda: nn.Linear(6, 5), (2, 3, 6)),
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1), (2, 4, 7)),
     "conv2d": (lambda: nn.Conv2d(4, 6, 3, stride=2, groups=2), (3, 4, 7, 7)),
+    "conv2d, many channels": (lambda: nn.Conv2d(40, 24, 3, padding=1, groups=2), (2, 40, 9, 9)),
+    "conv2d, depthwise": (lambda: nn.Conv2d(20, 20, (3, 2), bias=False, groups=20), (2, 20, 48, 47)),
+    "conv2d, pointwise": (lambda: nn.Conv2d(16, 5, 1, stride=2), (1, 16, 9, 5)),
     "conv2d, one": (lambda: nn.Conv2d(4, 4, 3), (4, 7, 7)),
     "conv2d, padded": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (3, 4, 7, 7)),
     "conv3d": (lambda: nn.Conv3d(2, 3, 2, bias=False), (2, 2, 4, 4, 4)),
@@ -112,6 +115,28 @@ def test_gradients_are_those_of_the_operation(name: str, quantizer: str, needs_g
         layer.weight_quantizer.kernels = layer.input_quantizer.kernels = kernels_
         for got, value in zip(gradients(layer, x, layer), expected, strict=True):
             assert torch.allclose(got, value, rtol=1e-4, atol=1e-5 * float(value.abs().max()))
+            assert got.is_contiguous()
+
+
+@pytest.mark.parametrize("first", ["channels first", "channels last"])
+@pytest.mark.parametrize(("channels", "turned"), [(3, False), (16, True)])
+def test_images_lie_as_they_do_in_float(channels: int, turned: bool, first: str) -> None:
+    layout = torch.contiguous_format if first == "channels first" else torch.channels_last
+    x = torch.randn(2, channels, 7, 8).to(memory_format=layout)
+    layer, twin = nn.Conv2d(channels, 6, 3), nn.Conv2d(channels, 6, 3)
+    (layer,) = quantized(nn.Sequential(layer), x)
+    lie, seen = [], []
+    layer.input_quantizer.watch = lambda quantizer, x, y: seen.append(
+        y.is_contiguous(memory_format=torch.channels_last)
+    )
+    for conv in (layer, twin):
+        leaf = x.clone().requires_grad_()
+        out = conv(leaf)
+        out.sin().sum().backward()
+        lie.append((out.stride(), leaf.grad.stride(), conv.weight.grad.stride()))
+    assert lie[0] == lie[1]
+    faster = turned and torch.backends.mkldnn.is_available()
+    assert seen == [faster or layout == torch.channels_last]  # inside of the layer
 
 
 @pytest.mark.parametrize("settings", [{"weight_bits": None}, {"activation_bits": None}], ids=["inputs", "weights"])
@@ -321,7 +346,7 @@ def test_a_change_beyond_half_precision() -> None:
 @pytest.mark.parametrize("frozen", [("weight", "step"), ("weight", "step", "bias"), ("weight",)], ids=" ".join)
 @pytest.mark.parametrize("needs_gradient", [True, False], ids=["input of a layer", "data"])
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("name", ["linear, sequence", "conv2d", "transposed"])
+@pytest.mark.parametrize("name", ["linear, sequence", "conv2d", "conv2d, many channels", "transposed"])
 def test_frozen_parameters_change_no_other_gradient(
     name: str, autocast: bool, needs_gradient: bool, frozen: tuple
 ) -> None:

@@ -14,6 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_qinit import prepare
 from lightning_qinit.quantizers import LSQ, PACT, APoT, Codebook, LSQPlus, Quantizer, cpu, kernels
+from lightning_qinit.quantizers.chain import Levels
+from lightning_qinit.quantizers.formats import FIRST, LAST, is_last, laid_out
+from lightning_qinit.quantizers.rounding import Rounding, changes, gradients, rounded, rounded_with_gradients
+from lightning_qinit.quantizers.scratch import Scratch
 from lightning_qinit.quantizers.straight_through import round_to_levels
 
 KINDS: dict[str, Callable[..., Quantizer]] = {
@@ -135,6 +139,63 @@ def test_many_values_in_any_number_of_threads(kind: str, axis: int, layout: torc
         assert torch.equal(got, expected)
     for expected, got in zip(exact[2:], found[1][2:], strict=True):  # sums of 11,000 values that mostly cancel
         assert torch.allclose(got.double(), expected.double(), rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+IMAGES = [(2, 16, 3, 3), (3, 37, 5, 7), (2, 5, 50, 45), (1, 300, 7, 7), (4, 64, 1, 9), (5, 1, 4, 4), (3, 20, 1, 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("axis", [None, 0])
+@pytest.mark.parametrize("kind", ["uniform", "offset", "few levels"])
+@torch.no_grad()
+def test_results_with_channels_last(kind: str, axis: int | None, dtype: torch.dtype) -> None:
+    for shape in IMAGES:
+        channels = 1 if axis is None else shape[0]
+        quantizer = KINDS[kind](channels, axis)
+        quantizer.start(torch.linspace(0.2, 0.8, channels), 4, True, torch.linspace(-1.0, 1.0, channels))
+        x, grad = torch.randn(shape), torch.randn(shape).to(dtype)
+        plain, turned = (with_kernels(quantizer, k).operand(x, dtype).how for k in ("eager", "compiled"))
+        turned = turned._replace(format=LAST)
+        out, to_input = rounded_with_gradients(grad.to(memory_format=LAST), x, turned, Scratch())
+        also = gradients(grad.to(memory_format=LAST), x, turned)
+        assert is_last(out) and torch.equal(out, rounded(x, plain)) and torch.equal(out, rounded(x, turned))
+        expected = gradients(grad, x, plain)
+        for mixed in (grad, grad.transpose(2, 3).contiguous().transpose(2, 3)):  # in an order of its own
+            assert torch.equal(rounded_with_gradients(mixed.clone(), x, turned, Scratch())[1][0], expected[0])
+        assert (
+            to_input[0].is_contiguous() and torch.equal(to_input[0], expected[0]) and torch.equal(also[0], to_input[0])
+        )
+        for got, same, value in zip(to_input[1:], also[1:], expected[1:], strict=True):
+            assert got is None if value is None else torch.equal(got, same) and torch.allclose(got, value, 1e-4, 1e-5)
+        for got, value in zip(changes(x, turned), changes(x, plain), strict=True):
+            assert got is None if value is None else is_last(got) and torch.equal(got, value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_images_laid_out(dtype: torch.dtype) -> None:
+    for shape in IMAGES:
+        first = torch.randn(shape).to(dtype)
+        last = first.to(memory_format=LAST)
+        for x, to in ((first, LAST), (last, FIRST), (last, LAST), (first[:, :, ::2], LAST), (first.double(), LAST)):
+            for scratch in (None, Scratch()):
+                out = laid_out(x, to, "compiled", scratch)
+                assert out.is_contiguous(memory_format=to) and torch.equal(out, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_numbers_of_half_the_width(dtype: torch.dtype) -> None:
+    unit = 2.0**-24  # the least half number: on a grid that fine, rounding changes none
+    levels = Levels(torch.tensor([-(2.0**60), 2.0**60]), -(2.0**60), 2.0**60, True)
+    how = Rounding(torch.tensor([unit]), None, levels, True, 1.0, torch.float32, "compiled")
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    every = every[(every.float() % unit == 0) & (every.abs() < 2.0**30)]
+    assert len(every) > 12_000 and torch.equal(rounded(every, how), every.float())
+    wide = torch.cat([every.float() * factor for factor in (1, 1 + 2.0**-12, 1 + 2.0**-11, 1 + 2.0**-9, 1 + 2.0**-8)])
+    wide = torch.cat([wide, torch.tensor([65519.0, 65520.0, 1e6, math.inf, -math.inf, math.nan])])
+    results = [rounded(wide, how._replace(dtype=dtype, kernels=kernels)) for kernels in ("eager", "compiled")]
+    assert torch.equal(*[result[:-1] for result in results]) and all(result[-1].isnan() for result in results)
 
 
 @pytest.mark.parametrize("value", [0.0, -3.0, 2.0**17, math.inf, -math.inf, math.nan])

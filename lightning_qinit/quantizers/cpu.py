@@ -1,4 +1,4 @@
-"""The passes of a quantizer on a CPU, each a loop in C++ (``cpu.cpp``).
+"""The passes of a quantizer on a CPU, each a loop in C++ (in ``cpp``).
 
 What ``torch.compile`` would make of a pass is as fast, but to call it takes longer than many a pass: its guards are
 checked at every one of the hundred passes of a training step. Here the call takes two microseconds, from step and
@@ -21,12 +21,15 @@ if TYPE_CHECKING:
     from lightning_qinit.quantizers.rounding import Gradients, Rounding
 
 ADDRESS, SIZE, COUNT, FLAG, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_bool, ctypes.c_float
+SOURCES = "numbers.h", "blocks.h", "passes.cpp"
+LAST = torch.channels_last
 # x, scale, unit, offset, start, levels; how values lie, threads, the number of levels, whether they are uniform
-PARAMETERS = *6 * [ADDRESS], *3 * [SIZE], COUNT, COUNT, FLAG
+PARAMETERS = *6 * [ADDRESS], *5 * [SIZE], COUNT, COUNT, FLAG
 FUNCTIONS = {
     "forward": (ADDRESS, *PARAMETERS),
     "backward": (*5 * [ADDRESS], *PARAMETERS, FLAG, NUMBER),
     "tangents": (*2 * [ADDRESS], *PARAMETERS, FLAG),
+    "across": (*2 * [ADDRESS], *3 * [SIZE], COUNT),
 }
 
 
@@ -38,7 +41,7 @@ def check(device: torch.device) -> None:
 def rounded(x: Tensor, how: "Rounding", scratch: Scratch | None) -> Tensor:
     """As :func:`~lightning_qinit.quantizers.rounding.rounded`."""
     x = _without_gaps(x)
-    out = torch.empty_like(x, dtype=how.dtype) if scratch is None else scratch.empty(x, how.dtype)
+    out = _room(x, how, scratch)
     _call(_library(x.dtype, how.dtype).forward, (out,), x, how)
     return out
 
@@ -51,17 +54,18 @@ def gradients(grad: Tensor, x: Tensor, how: "Rounding", private: bool) -> "Gradi
 def rounded_with_gradients(grad: Tensor, x: Tensor, how: "Rounding", scratch: Scratch) -> tuple[Tensor, "Gradients"]:
     """As :func:`~lightning_qinit.quantizers.rounding.rounded_with_gradients`, in one pass."""
     x = _without_gaps(x)
-    out = scratch.empty(x, how.dtype)
+    out = _room(x, how, scratch)
     return out, _backward(grad, x, how, True, out)
 
 
 def _backward(grad: Tensor, x: Tensor, how: "Rounding", private: bool, out: Tensor | None) -> "Gradients":
-    if grad.stride() != x.stride():
-        grad, private = torch.empty_like(x, dtype=grad.dtype).copy_(grad), True
-    to_x = grad if private and grad.dtype == x.dtype else torch.empty_like(x)
+    beside = out if out is not None else grad if _lies_across(grad, x, how) else x
+    if not _lies_alike(grad, beside):
+        grad, private = torch.empty_like(beside, dtype=grad.dtype).copy_(grad), True
+    to_x = grad if private and grad.dtype == x.dtype and _lies_alike(grad, x) else torch.empty_like(x)
     to_scale = torch.empty_like(how.scale, dtype=torch.float32)
     to_offset = None if how.offset is None else torch.empty_like(how.offset, dtype=torch.float32)
-    results = to_x, grad, to_scale, to_offset, out
+    results = grad, to_x, to_scale, to_offset, out
     _call(_library(x.dtype, grad.dtype).backward, results, x, how, how.learns_rounding, how.gradient_scale)
     return to_x, to_scale, to_offset
 
@@ -69,7 +73,7 @@ def _backward(grad: Tensor, x: Tensor, how: "Rounding", private: bool, out: Tens
 def changes(x: Tensor, how: "Rounding") -> tuple[Tensor, Tensor | None]:
     """As :func:`~lightning_qinit.quantizers.rounding.changes`."""
     x = _without_gaps(x)
-    by_scale = torch.empty_like(x, dtype=how.dtype)
+    by_scale = _room(x, how, None)
     by_offset = None if how.offset is None else torch.empty_like(by_scale)
     _call(_library(x.dtype, how.dtype).tangents, (by_scale, by_offset), x, how, how.learns_rounding)
     return by_scale, by_offset
@@ -82,11 +86,45 @@ def _without_gaps(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
+def laid_out(x: Tensor, to: torch.memory_format, scratch: Scratch | None) -> Tensor:
+    """As :func:`~lightning_qinit.quantizers.formats.laid_out`, of images in the other of both formats."""
+    out = torch.empty_like(x, memory_format=to) if scratch is None else scratch.empty(x, x.dtype, to)
+    image = x.shape[1], x.shape[2] * x.shape[3]
+    lie = image if to == LAST else image[::-1]
+    _library(x.dtype, x.dtype).across(out.data_ptr(), x.data_ptr(), len(x), *lie, torch.get_num_threads())
+    return out
+
+
+def _room(x: Tensor, how: "Rounding", scratch: Scratch | None) -> Tensor:
+    """Memory for the result."""
+    format = how.format if _can_lie_across(x, how) else torch.preserve_format
+    if scratch is None:
+        return torch.empty_like(x, dtype=how.dtype, memory_format=format)
+    return scratch.empty(x, how.dtype, format)
+
+
+def _can_lie_across(x: Tensor, how: "Rounding") -> bool:
+    """Whether the channels of results can be the last in memory where those of the values are not: if they share a
+    step."""
+    shared = how.scale.numel() == 1 or how.axis == 0
+    return x.dim() == 4 and shared and x.is_contiguous() and not x.is_contiguous(memory_format=LAST)
+
+
+def _lies_across(y: Tensor, x: Tensor, how: "Rounding") -> bool:
+    return _can_lie_across(x, how) and y.is_contiguous(memory_format=LAST)
+
+
+def _lies_alike(y: Tensor, x: Tensor) -> bool:
+    strides = zip(y.stride(), x.stride(), x.shape, strict=True)
+    return y.stride() == x.stride() or all(of_y == of_x for of_y, of_x, size in strides if size > 1)
+
+
 def _call(function: Any, results: tuple[Tensor | None, ...], x: Tensor, how: "Rounding", *constants: Any) -> None:
-    levels, channels, axis = how.levels, how.scale.numel(), how.axis
+    levels, channels, axis, across = how.levels, how.scale.numel(), how.axis, results[0]
     inner = x.numel() if channels == 1 or axis is None else x.stride(axis)
     addresses = [None if t is None else t.data_ptr() for t in (*results, x, *how.read)]
-    lie = x.numel() // (channels * inner), channels, inner
+    image = (x.shape[1], x.shape[2] * x.shape[3]) if across is not None and _lies_across(across, x, how) else (0, 0)
+    lie = x.numel() // (channels * inner), channels, inner, *image
     function(*addresses, *lie, torch.get_num_threads(), levels.points.shape[0], levels.uniform, *constants)
 
 
@@ -97,8 +135,9 @@ def _library(values: torch.dtype, results: torch.dtype) -> ctypes.CDLL:
     from torch._inductor.codecache import CppCodeCache
 
     defined = {"IN": DTYPES[values], "OUT": DTYPES[results], "DRIFT": f"{MAX_DRIFT}.0f"}
-    source = "".join(f"#define {name} {value}\n" for name, value in defined.items())
-    library: ctypes.CDLL = CppCodeCache.load(source + Path(__file__).with_name("cpu.cpp").read_text())
+    parts = [f"#define {name} {value}\n" for name, value in defined.items()]
+    parts += [(Path(__file__).parent / "cpp" / name).read_text() for name in SOURCES]
+    library: ctypes.CDLL = CppCodeCache.load("".join(parts))
     for name, types in FUNCTIONS.items():
         function = getattr(library, name)
         function.argtypes, function.restype = types, None

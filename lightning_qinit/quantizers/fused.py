@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_qinit.quantizers.formats import FIRST, LAST, is_last, laid_out
 from lightning_qinit.quantizers.operation import Operation
 from lightning_qinit.quantizers.rounding import Rounding, changes, gradients, rounded, rounded_with_gradients, scaled
 from lightning_qinit.quantizers.scratch import Scratch
@@ -13,13 +14,13 @@ from lightning_qinit.quantizers.straight_through import round_to_levels
 
 Part = tuple[Tensor | None, Tensor | None, Tensor | None]  # the gradients to values, step and offset
 
-INPUT, WEIGHT = Scratch(), Scratch()
+INPUT, WEIGHT, GRADIENT = Scratch(), Scratch(), Scratch()
 
 
 def release_scratch() -> None:
     """Give the memory back that the layers of this thread share."""
-    INPUT.release()
-    WEIGHT.release()
+    for scratch in (INPUT, WEIGHT, GRADIENT):
+        scratch.release()
 
 
 class Operand(NamedTuple):
@@ -44,7 +45,8 @@ def fused(operation: Operation, x: Operand, weight: Operand, bias: Tensor | None
     the values instead of 4 bytes for each. (Of a weight in a wider dtype than the operation's, as under autocast, a
     float model keeps a copy; here that is the quantized one.) And since nobody else sees the quantized values and the
     gradients to them, the former lie in memory that all layers share, and the latter become the gradients to the float
-    values in place.
+    values in place. Where an operation is faster on images with their channels last in memory, those of a float model
+    being first, they are quantized to lie so, and the result is laid out again as that of a float model.
 
     Args:
         operation: linear in the input and in the weight.
@@ -63,14 +65,22 @@ class Fused(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *tensors, bias, operation, x, weight = arguments
         how, how_weight = x.how, weight.how
+        if how is not None:
+            how = how._replace(format=operation.fastest(x.x, weight.x))
+        used = _used(x.x, how, INPUT)
+        turned = is_last(used) and not is_last(x.x)
+        if turned and how_weight is not None:
+            how_weight = how_weight._replace(format=LAST)
         narrowed = how_weight is not None and how_weight.dtype.itemsize < weight.x.dtype.itemsize
-        used = _used(x.x, how, INPUT), _used(weight.x, how_weight, None if narrowed else WEIGHT)
-        ctx.save_for_backward(*tensors, used[1] if narrowed else None)
-        ctx.operation, ctx.how, ctx.how_weight = operation, how, how_weight
-        for operand, values in zip((x, weight), used, strict=True):
+        used_weight = _used(weight.x, how_weight, None if narrowed else WEIGHT)
+        ctx.save_for_backward(*tensors, used_weight if narrowed else None)
+        ctx.operation, ctx.how, ctx.how_weight, ctx.turned = operation, how, how_weight, turned
+        for operand, values in ((x, used), (weight, used_weight)):
             if operand.watch is not None:
                 operand.watch(values)
-        result: Tensor = operation(*used, bias)
+        result: Tensor = operation(used, used_weight, bias)
+        if how is not None and turned:
+            result = laid_out(result, FIRST, how.kernels)
         return result.data  # of a product it may be a view, which could not be changed in place later
 
     @staticmethod
@@ -85,18 +95,22 @@ class Fused(torch.autograd.Function):
         )
         if used_weight is None or torch.is_grad_enabled():
             used_weight = _used(weight, how_weight, WEIGHT)
-        # for the gradient to the input its shape and dtype are enough
-        read = how if of_weight or how is None or x.dtype != how.dtype else None
+        like = x  # the input is not read for the gradient to it: shape, dtype and format are enough
+        if ctx.turned and not torch.is_grad_enabled():
+            grad = laid_out(grad, LAST, how.kernels, GRADIENT)
+            like = INPUT.empty(x, how.dtype, LAST)
+        read = of_weight or (how is not None and like.dtype != how.dtype)
         if of_input and how is not None and how.scale.numel() == 1 and not ctx.needs_input_grad[0]:
-            used = _used(x, read, INPUT)
+            used = _used(x, how, INPUT) if read else like
             to_input, to_weight, to_bias = _of_data(operation, grad, x, how, used, used_weight, of_weight, of_bias)
         elif of_input and of_weight and how is not None and _in_one_pass(x, how):
-            to_x, _, _ = operation.backward(grad, x, used_weight, (True, False, False))
+            to_x, _, _ = operation.backward(grad, like, used_weight, (True, False, False))
             assert to_x is not None
             used, to_input = rounded_with_gradients(to_x, x, how, INPUT)
             _, to_weight, to_bias = operation.backward(grad, used, used_weight, (False, True, of_bias))
         else:
-            used, wanted = _used(x, read, INPUT), (of_input, of_weight, of_bias)
+            used = _used(x, how, INPUT) if read else like
+            wanted = of_input, of_weight, of_bias
             to_x, to_weight, to_bias = operation.backward(grad, used, used_weight, wanted)
             to_input = _gradients(to_x, x, how)
         return *to_input, *_gradients(to_weight, weight, how_weight), to_bias, None, None, None

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 Kernels = Literal["auto", "compiled", "eager"]
 MODULES = {"cpu": "lightning_qinit.quantizers.cpu", "cuda": "lightning_qinit.quantizers.gpu"}
 # of values and results, with their names in C++; the kernels compute in float32
-DTYPES = {torch.float32: "float", torch.bfloat16: "c10::BFloat16", torch.float16: "c10::Half"}
+DTYPES = {torch.float32: "float", torch.bfloat16: "BFloat16", torch.float16: "Half"}
 
 
 class Passes(Protocol):

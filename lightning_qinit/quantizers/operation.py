@@ -14,6 +14,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 OfData = tuple[Tensor | None, Tensor | None, list[Tensor]]
 
 ALIGNED = 8  # channels: a convolution of fewer takes a GPU as long
+MANY = 16  # channels from which on a CPU gains by having them last
 PARTS = {"cpu": 2**21, "cuda": 2**24}  # values that a CPU holds in its cache, and that keep a GPU busy
 
 
@@ -22,6 +23,9 @@ class Operation(Protocol):
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The output."""
+
+    def fastest(self, x: Tensor, weight: Tensor) -> torch.memory_format:
+        """How the operation would have its input lie in memory, if there were the choice."""
 
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: Wanted) -> Gradients:
         """The gradients to input, weight and bias, in memory of their own; ``None`` for those that are not wanted."""
@@ -63,6 +67,9 @@ class Product(NamedTuple):
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
+    def fastest(self, x: Tensor, weight: Tensor) -> torch.memory_format:
+        return torch.preserve_format
+
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: Wanted) -> Gradients:
         rows = grad.reshape(-1, grad.shape[-1])
         return (
@@ -90,6 +97,13 @@ class Convolution(NamedTuple):  # torch.compile knows named tuples, where a clas
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return torch.convolution(x, weight, bias, *self)
+
+    def fastest(self, x: Tensor, weight: Tensor) -> torch.memory_format:
+        # What oneDNN is given with channels first it lays out anew for each use: input, output, the gradients to both.
+        many = x.dim() == 4 and x.shape[1] >= MANY
+        if x.is_cpu and many and not self.transposed and torch.backends.mkldnn.is_available():
+            return torch.channels_last
+        return torch.preserve_format
 
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: Wanted) -> Gradients:
         of_input, of_weight, of_bias = wanted

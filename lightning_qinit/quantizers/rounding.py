@@ -41,6 +41,7 @@ class Rounding(NamedTuple):
         kernels: whether to use compiled kernels (see :mod:`~lightning_qinit.quantizers.kernels`).
         units: those of step and offset, ``(channels,)`` then; ``None`` where they are what they are.
         ready: the result, if it is known.
+        format: how the result is to lie in memory, where a kernel can have it so.
     """
 
     scale: Tensor
@@ -52,6 +53,7 @@ class Rounding(NamedTuple):
     kernels: Kernels
     units: Units | None = None
     ready: Tensor | None = None
+    format: torch.memory_format = torch.preserve_format
 
     @property
     def axis(self) -> int | None:

@@ -16,13 +16,20 @@ class Scratch(threading.local):
     def __init__(self) -> None:
         self.blocks: dict[torch.dtype, Tensor] = {}
 
-    def empty(self, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """Room for as many values, placed alike, which have no gaps; in place of what was given before."""
+    def empty(self, like: Tensor, dtype: torch.dtype, format: torch.memory_format = torch.preserve_format) -> Tensor:
+        """Room for as many values, placed alike, which have no gaps, or as a memory format has it; in place of what was
+        given before."""
         block = self.blocks.get(dtype)
         if block is None or block.numel() < like.numel():
             with torch.inference_mode(False):
                 block = self.blocks[dtype] = torch.empty(like.numel(), dtype=dtype, device="cpu")
-        return block.as_strided(like.shape, like.stride())
+        if format == torch.preserve_format:
+            return block.as_strided(like.shape, like.stride())
+        block = block[: like.numel()]
+        if format == torch.channels_last:
+            batch, channels, height, width = like.shape
+            return block.view(batch, height, width, channels).permute(0, 3, 1, 2)
+        return block.view(like.shape)
 
     def release(self) -> None:
         """Give the memory back."""
