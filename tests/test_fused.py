@@ -22,6 +22,11 @@ from lightning_qinit.quantizers.fused import release_scratch
 from lightning_qinit.quantizers.operation import Convolution
 
 
+@pytest.fixture(autouse=True)
+def _small_images_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operations, "LARGE", 1)
+
+
 def network() -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1),
@@ -119,8 +124,11 @@ def test_gradients_are_those_of_the_operation(name: str, quantizer: str, needs_g
 
 
 @pytest.mark.parametrize("first", ["channels first", "channels last"])
-@pytest.mark.parametrize(("channels", "turned"), [(3, False), (16, True)])
-def test_images_lie_as_they_do_in_float(channels: int, turned: bool, first: str) -> None:
+@pytest.mark.parametrize(("channels", "large", "turned"), [(3, 1, False), (16, 10_000, False), (16, 1, True)])
+def test_images_lie_as_they_do_in_float(
+    channels: int, large: int, turned: bool, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operations, "LARGE", large)
     layout = torch.contiguous_format if first == "channels first" else torch.channels_last
     x = torch.randn(2, channels, 7, 8).to(memory_format=layout)
     layer, twin = nn.Conv2d(channels, 6, 3), nn.Conv2d(channels, 6, 3)

@@ -14,7 +14,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 OfData = tuple[Tensor | None, Tensor | None, list[Tensor]]
 
 ALIGNED = 8  # channels: a convolution of fewer takes a GPU as long
-MANY = 16  # channels from which on a CPU gains by having them last
+MANY, LARGE = 16, 2**18  # channels and values of images from which on a CPU gains by having the channels last
 PARTS = {"cpu": 2**21, "cuda": 2**24}  # values that a CPU holds in its cache, and that keep a GPU busy
 
 
@@ -100,8 +100,8 @@ class Convolution(NamedTuple):  # torch.compile knows named tuples, where a clas
 
     def fastest(self, x: Tensor, weight: Tensor) -> torch.memory_format:
         # What oneDNN is given with channels first it lays out anew for each use: input, output, the gradients to both.
-        many = x.dim() == 4 and x.shape[1] >= MANY
-        if x.is_cpu and many and not self.transposed and torch.backends.mkldnn.is_available():
+        large = x.dim() == 4 and x.shape[1] >= MANY and x.numel() >= LARGE
+        if x.is_cpu and large and not self.transposed and torch.backends.mkldnn.is_available():
             return torch.channels_last
         return torch.preserve_format
 
