@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 ADDRESS, SIZE, COUNT, FLAG, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_bool, ctypes.c_float
 SOURCES = "numbers.h", "blocks.h", "passes.cpp"
-LAST = torch.channels_last
 # x, scale, unit, offset, start, levels; how values lie, threads, the number of levels, whether they are uniform
 PARAMETERS = *6 * [ADDRESS], *5 * [SIZE], COUNT, COUNT, FLAG
 FUNCTIONS = {
@@ -42,7 +41,7 @@ def rounded(x: Tensor, how: "Rounding", scratch: Scratch | None) -> Tensor:
     """As :func:`~lightning_qinit.quantizers.rounding.rounded`."""
     x = _without_gaps(x)
     out = _room(x, how, scratch)
-    _call(_library(x.dtype, how.dtype).forward, (out,), x, how)
+    _call(_library(x.dtype, how.dtype).forward, x, how, out)
     return out
 
 
@@ -65,8 +64,8 @@ def _backward(grad: Tensor, x: Tensor, how: "Rounding", private: bool, out: Tens
     to_x = grad if private and grad.dtype == x.dtype and _lies_alike(grad, x) else torch.empty_like(x)
     to_scale = torch.empty_like(how.scale, dtype=torch.float32)
     to_offset = None if how.offset is None else torch.empty_like(how.offset, dtype=torch.float32)
-    results = grad, to_x, to_scale, to_offset, out
-    _call(_library(x.dtype, grad.dtype).backward, results, x, how, how.learns_rounding, how.gradient_scale)
+    function, constants = _library(x.dtype, grad.dtype).backward, (how.learns_rounding, how.gradient_scale)
+    _call(function, x, how, grad, to_x, to_scale, to_offset, out, constants=constants)
     return to_x, to_scale, to_offset
 
 
@@ -75,7 +74,7 @@ def changes(x: Tensor, how: "Rounding") -> tuple[Tensor, Tensor | None]:
     x = _without_gaps(x)
     by_scale = _room(x, how, None)
     by_offset = None if how.offset is None else torch.empty_like(by_scale)
-    _call(_library(x.dtype, how.dtype).tangents, (by_scale, by_offset), x, how, how.learns_rounding)
+    _call(_library(x.dtype, how.dtype).tangents, x, how, by_scale, by_offset, constants=(how.learns_rounding,))
     return by_scale, by_offset
 
 
@@ -90,7 +89,7 @@ def laid_out(x: Tensor, to: torch.memory_format, scratch: Scratch | None) -> Ten
     """As :func:`~lightning_qinit.quantizers.formats.laid_out`, of images in the other of both formats."""
     out = torch.empty_like(x, memory_format=to) if scratch is None else scratch.empty(x, x.dtype, to)
     image = x.shape[1], x.shape[2] * x.shape[3]
-    lie = image if to == LAST else image[::-1]
+    lie = image if to == torch.channels_last else image[::-1]
     _library(x.dtype, x.dtype).across(out.data_ptr(), x.data_ptr(), len(x), *lie, torch.get_num_threads())
     return out
 
@@ -107,11 +106,11 @@ def _can_lie_across(x: Tensor, how: "Rounding") -> bool:
     """Whether the channels of results can be the last in memory where those of the values are not: if they share a
     step."""
     shared = how.scale.numel() == 1 or how.axis == 0
-    return x.dim() == 4 and shared and x.is_contiguous() and not x.is_contiguous(memory_format=LAST)
+    return x.dim() == 4 and shared and x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _lies_across(y: Tensor, x: Tensor, how: "Rounding") -> bool:
-    return _can_lie_across(x, how) and y.is_contiguous(memory_format=LAST)
+    return _can_lie_across(x, how) and y.is_contiguous(memory_format=torch.channels_last)
 
 
 def _lies_alike(y: Tensor, x: Tensor) -> bool:
@@ -119,11 +118,14 @@ def _lies_alike(y: Tensor, x: Tensor) -> bool:
     return y.stride() == x.stride() or all(of_y == of_x for of_y, of_x, size in strides if size > 1)
 
 
-def _call(function: Any, results: tuple[Tensor | None, ...], x: Tensor, how: "Rounding", *constants: Any) -> None:
-    levels, channels, axis, across = how.levels, how.scale.numel(), how.axis, results[0]
+def _call(
+    function: Any, x: Tensor, how: "Rounding", y: Tensor, *others: Tensor | None, constants: tuple[Any, ...] = ()
+) -> None:
+    """Call a function, of which ``y`` is on the other side of the rounding: it lies as ``x`` does, or across."""
+    levels, channels, axis = how.levels, how.scale.numel(), how.axis
     inner = x.numel() if channels == 1 or axis is None else x.stride(axis)
-    addresses = [None if t is None else t.data_ptr() for t in (*results, x, *how.read)]
-    image = (x.shape[1], x.shape[2] * x.shape[3]) if across is not None and _lies_across(across, x, how) else (0, 0)
+    addresses = [None if t is None else t.data_ptr() for t in (y, *others, x, *how.read)]
+    image = (0, 0) if _lies_alike(y, x) else (x.shape[1], x.shape[2] * x.shape[3])
     lie = x.numel() // (channels * inner), channels, inner, *image
     function(*addresses, *lie, torch.get_num_threads(), levels.points.shape[0], levels.uniform, *constants)
 

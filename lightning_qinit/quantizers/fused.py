@@ -66,7 +66,7 @@ class Fused(torch.autograd.Function):
         *tensors, bias, operation, x, weight = arguments
         how, how_weight = x.how, weight.how
         if how is not None:
-            how = how._replace(format=operation.fastest(x.x, weight.x))
+            how = how._replace(format=operation.fastest(x.x))
         used = _used(x.x, how, INPUT)
         turned = is_last(used) and not is_last(x.x)
         if turned and how_weight is not None:

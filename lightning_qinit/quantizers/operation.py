@@ -24,7 +24,7 @@ class Operation(Protocol):
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The output."""
 
-    def fastest(self, x: Tensor, weight: Tensor) -> torch.memory_format:
+    def fastest(self, x: Tensor) -> torch.memory_format:
         """How the operation would have its input lie in memory, if there were the choice."""
 
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: Wanted) -> Gradients:
@@ -67,7 +67,7 @@ class Product(NamedTuple):
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
-    def fastest(self, x: Tensor, weight: Tensor) -> torch.memory_format:
+    def fastest(self, x: Tensor) -> torch.memory_format:
         return torch.preserve_format
 
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: Wanted) -> Gradients:
@@ -98,7 +98,7 @@ class Convolution(NamedTuple):  # torch.compile knows named tuples, where a clas
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return torch.convolution(x, weight, bias, *self)
 
-    def fastest(self, x: Tensor, weight: Tensor) -> torch.memory_format:
+    def fastest(self, x: Tensor) -> torch.memory_format:
         # What oneDNN is given with channels first it lays out anew for each use: input, output, the gradients to both.
         large = x.dim() == 4 and x.shape[1] >= MANY and x.numel() >= LARGE
         if x.is_cpu and large and not self.transposed and torch.backends.mkldnn.is_available():

@@ -73,7 +73,6 @@ struct Block {
     });
   }
 
- private:
   // What is read and written beyond the end of a row is no value of the block: the order is such that it is written anew.
   template <typename Work>
   void for_each_square(const Work& work) const {

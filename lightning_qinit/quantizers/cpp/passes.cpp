@@ -216,15 +216,13 @@ EXPORTED void tangents(Out* by_scale, Out* by_offset, PARAMETERS, bool learns_ro
 EXPORTED void across(In* out, const In* x, int64_t images, int64_t rows, int64_t length, int threads) {
   const Values values{1, 1, images * rows * length, rows, length, threads};
   values.for_each_block([&](const Block& block) {
-    for (int64_t row = 0; row < block.rows; row += SIDE)
-      for (int64_t k = 0; k < block.length; k += SIDE) {
-        const int64_t some_rows = std::min(SIDE, block.rows - row), some = std::min(SIDE, block.length - k);
-        const In* from = x + block.first + row * length + k;
-        In* to = out + block.first_across + k * rows + row;
-        if (some_rows < SIDE || some < SIDE)
-          lay_across(from, length, some_rows, some, to, rows);
-        else
-          lay_square_across(from, length, SIDE, to, rows, SIDE);
-      }
+    block.for_each_square([&](int64_t row, int64_t k, int64_t some_rows, int64_t some) {
+      const In* from = x + block.first + row * length + k;
+      In* to = out + block.first_across + k * rows + row;
+      if (some_rows < SIDE || some < SIDE)
+        lay_across(from, length, some_rows, some, to, rows);
+      else
+        lay_square_across(from, length, SIDE, to, rows, SIDE);
+    });
   });
 }
