@@ -76,8 +76,8 @@ struct Block {
   // What is read and written beyond the end of a row is no value of the block: the order is such that it is written anew.
   template <typename Work>
   void for_each_square(const Work& work) const {
-    for (int64_t row = 0; row < rows; row += SIDE)
-      for (int64_t k = (length - 1) / SIDE * SIDE; k >= 0; k -= SIDE)
+    for (int64_t k = (length - 1) / SIDE * SIDE; k >= 0; k -= SIDE)
+      for (int64_t row = 0; row < rows; row += SIDE)
         work(row, k, std::min(SIDE, rows - row), std::min(SIDE, length - k));
   }
 };
