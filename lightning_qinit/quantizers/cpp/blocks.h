@@ -73,7 +73,8 @@ struct Block {
     });
   }
 
-  // What is read and written beyond the end of a row is no value of the block: the order is such that it is written anew.
+  // Goes along the results, whose rows are the columns here. Columns are taken from the last to the first: what is read and
+  // written beyond the end of a row is no value of the block, and is written anew with the next row's first columns.
   template <typename Work>
   void for_each_square(const Work& work) const {
     for (int64_t k = (length - 1) / SIDE * SIDE; k >= 0; k -= SIDE)
