@@ -51,6 +51,16 @@ class SmallNet(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), self.learning_rate, momentum=0.9)
 
 
+class Wide(SmallNet):
+    """Channels of enough values everywhere, so that the optimum is the plain one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 6, padding=3)
+        self.hidden = nn.Linear(4 * 49, 40)
+        self.head = nn.Linear(40, 3)
+
+
 class Recorder(SmallNet):
     """Keeps what a user's module might: batches, outputs, a metric, random numbers."""
 

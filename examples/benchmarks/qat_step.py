@@ -35,6 +35,7 @@ from result import spread, write
 from torch import Tensor, nn
 
 BITS = 4
+LEAST = 1.0  # seconds that all steps of a measurement take together
 KEEP_HEAP = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8000000000"}
 
 
@@ -270,8 +271,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     begin = time.perf_counter()
     step()
     first = time.perf_counter() - begin
-    step()
-    seconds = timed_on_gpu(step, arguments.steps) if cuda else timed(step, arguments.steps)
+    (second,) = timed(step, 1)
+    count = max(arguments.steps, int(LEAST / second))
+    seconds = timed_on_gpu(step, count) if cuda else timed(step, count)
     state = sum(p.nbytes for p in model.parameters()) * 2  # with the momentum
     optimizer.zero_grad()
     gc.collect()
@@ -311,7 +313,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS)[1:])
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=7, help="of which the median counts, after two to warm up")
+    parser.add_argument("--steps", type=int, default=7, help="at least, of which the median counts, after two")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
     parser.add_argument("--cpu", action="store_true", help="also where there is a GPU")
