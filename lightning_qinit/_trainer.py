@@ -51,12 +51,13 @@ def is_stream(trainer: Trainer) -> bool:
 
 def _is_one_shot(loader: Any) -> bool:
     data = loader.dataset if isinstance(loader, DataLoader) else loader
-    if isinstance(loader, DataLoader) and not isinstance(data, IterableDataset):
-        return False
-    put_back = _keep_attributes(data)
+    if isinstance(loader, DataLoader) and (not isinstance(data, IterableDataset) or loader.num_workers > 0):
+        return False  # each worker reads a copy of its own
+    put_back = _keep(data)
     iterator = iter(data)
     one_shot = iterator is data or iterator is iter(data)
-    put_back()
+    for restore in put_back:
+        restore()
     return one_shot
 
 
@@ -76,7 +77,7 @@ def training_batches(trainer: Trainer, most: int) -> Iterator[Iterator[Any]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the fit loop gives its advice on loaders itself, a moment later
         source = loop._data_source.instance
-        put_back = [_keep_attributes(source)] if isinstance(source, LightningDataModule) else []
+        put_back = _keep(source) if isinstance(source, LightningDataModule) else []
         loader = _request_dataloader(loop._data_source)
         strategy.barrier("train_dataloader()")
         combined = copy.copy(loader) if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")
@@ -122,17 +123,23 @@ def _apart(loader: Any) -> Any:
 def _keep_loaders(loaders: list[Any]) -> list[Callable[[], object]]:
     """What puts loaders back where they are now: which samples come next, and what is drawn for them."""
     put_back: list[Callable[[], object]] = []
-    holders = []
     for loader in loaders:
-        batch_sampler = getattr(loader, "batch_sampler", None)
-        samplers = [getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
-        dataset = getattr(loader, "dataset", None)
-        ordering = [*samplers, dataset] if isinstance(dataset, IterableDataset) else samplers
-        put_back += map(_keep_attributes, ordering)
-        holders += [loader, *samplers, dataset]
+        batch_sampler, dataset = getattr(loader, "batch_sampler", None), getattr(loader, "dataset", None)
+        ordering = [getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
+        if isinstance(dataset, IterableDataset):
+            ordering.append(dataset)
+        if not isinstance(loader, DataLoader):
+            ordering.append(loader)
+        put_back += _keep(*ordering)
+        put_back += map(keep_generator, generators_in(loader, dataset))
         if callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None)):
             put_back.append(partial(loader.load_state_dict, copy.deepcopy(loader.state_dict())))
-    return put_back + [keep_generator(generator) for generator in generators_in(*holders)]
+    return put_back
+
+
+def _keep(*holders: Any) -> list[Callable[[], object]]:
+    """What gives objects the attributes that they have now, and the generators that they hold their states."""
+    return [*map(_keep_attributes, holders), *map(keep_generator, generators_in(*holders))]
 
 
 def _keep_attributes(holder: Any) -> Callable[[], object]:

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_qinit import _trainer
-from lightning_qinit.calibration import check_weights, settle, warn_of
-from lightning_qinit.calibration.config import CalibrationConfig
+from lightning_qinit.calibration import settle, warn_of
+from lightning_qinit.calibration.config import CalibrationConfig, Criterion
 from lightning_qinit.calibration.run import StepError, choose_in_training
 from lightning_qinit.calibration.widths import WIDTHS
 from lightning_qinit.checkpoint import STATE_KEY
@@ -153,7 +153,7 @@ class QuantInitCallback(Callback):
         per_channel: bool = True,
         first_last_bits: int | None = 8,
         calibration_batches: int = 16,
-        criterion: Literal["mse", "fisher", "hessian", "output"] = "mse",
+        criterion: Criterion = "mse",
         sequential: bool = False,
         average_bits: float | None = None,
         recalibrate_batchnorm: bool = False,
@@ -265,11 +265,12 @@ class QuantInitCallback(Callback):
             rank_zero_warn(
                 f"No optimizer trains {shorten(untrained)}, so the steps of these layers stay as calibrated."
             )
-        self._calibrate(trainer, pl_module)
+        if not _trainer.overrides(pl_module, "on_fit_start"):
+            self._calibrate(trainer, pl_module)
 
     @override
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Calibrate, if the strategy has only now loaded the checkpoint."""
+        """Calibrate, if the strategy, or the module in its own ``on_fit_start``, has only now loaded weights."""
         self._calibrate(trainer, pl_module)
 
     @override
@@ -304,7 +305,7 @@ class QuantInitCallback(Callback):
         for follower in self._followers:
             follower.follow()
         if self._waits:
-            self._start(trainer, pl_module, *([batch] if self._waits == "stream" else []))
+            self._start(trainer, pl_module, [batch] if self._waits == "stream" else None)
             self._waits = ""
             if self._monitor is not None:
                 self._monitor.keep = frozenset(self._shown)
@@ -352,7 +353,7 @@ class QuantInitCallback(Callback):
         """Draw the quantizers as they are now, and file the run under its settings."""
         if self._monitor is not None and self._monitor.counts:
             publish_end_figures(trainer, pl_module, self._monitor, self._shown, _trainer.logging_step(trainer))
-            final = {f"final {name}": float(trainer.callback_metrics[name]) for name in AGGREGATES}
+            final = {f"final {name}": value for name, value in self._aggregates.items()}
             tensorboard.add_hparams(trainer, plain(self.config), final)
 
     @override
@@ -469,7 +470,6 @@ class QuantInitCallback(Callback):
             # resumed, or fitted before; but layers that are new since then, or did not run, are calibrated now
             if trainer.ckpt_path is not None or not any(layer.awaits_calibration for layer in layers.values()):
                 return
-        check_weights(layers)
         if _trainer.is_stream(trainer):
             self._waits = "stream"
             return
@@ -478,12 +478,12 @@ class QuantInitCallback(Callback):
         except StepError:  # tried once more where no hook of the module is still to come
             self._waits = "step"
 
-    def _start(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
+    def _start(self, trainer: Trainer, pl_module: LightningModule, given: Sequence[Any] | None = None) -> None:
         """Choose all steps, set them, and report."""
         layers = quantized_layers(pl_module)
-        starts, seen, statistics = choose_in_training(trainer, pl_module, layers, self.calibration, *batch)
+        starts, seen, statistics = choose_in_training(trainer, pl_module, layers, self.calibration, given)
         if not seen.first_run:
-            rank_zero_warn("Calibration saw no training batch, so nothing is quantized.")
+            rank_zero_warn("Calibration saw no training batch that runs a quantized layer, so nothing is quantized.")
             return
         starts = [start for start in starts if not start.quantizer.is_calibrated]  # of an earlier fit
         if starts:

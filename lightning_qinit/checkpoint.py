@@ -7,10 +7,14 @@ from typing import Any, TypeVar
 from unittest.mock import patch
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
 from lightning_qinit.batchnorm import fold_alike
+from lightning_qinit.checks import shorten
 from lightning_qinit.config import QuantConfig, plain
-from lightning_qinit.insertion import insert
+from lightning_qinit.insertion import insert, quantized_layers
+from lightning_qinit.quantizers import Quantizer
 
 STATE_KEY = "QuantInitCallback"
 T = TypeVar("T", bound=LightningModule)
@@ -35,11 +39,13 @@ def restore(module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
     Raises:
         ValueError: if the checkpoint holds quantizers but not their settings (``save_weights_only=True``).
     """
-    fold_alike(module, checkpoint["state_dict"])
+    state = checkpoint.get("state_dict", {})  # left out by strategies that shard the module
+    fold_alike(module, state)
     settings = saved_settings(checkpoint)
     if settings is not None:
         insert(module, QuantConfig.from_plain(settings))
-    elif has_quantizers(checkpoint):
+        warn_of_missing(module, state)
+    elif has_quantizers(state) and not quantized_layers(module):
         raise ValueError(
             "The checkpoint holds quantizers but not their settings, since it was saved with `save_weights_only=True`: "
             "call `lightning_qinit.prepare(module, ...)` with the settings of the run, then `load_state_dict`."
@@ -76,10 +82,21 @@ def saved_settings(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
     return next((state for key, state in states.items() if key.split("{")[0] == STATE_KEY), None)
 
 
-def has_quantizers(checkpoint: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint holds the state of quantizers."""
+def has_quantizers(state: Mapping[str, Any]) -> bool:
+    """Whether a state dict holds the state of quantizers."""
     ours = re.compile(r"(^|\.)(weight|input)_quantizer\.(\w+\.)?relative_step$")
-    return any(ours.search(key) for key in checkpoint["state_dict"])
+    return any(ours.search(key) for key in state)
+
+
+def warn_of_missing(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Name the quantizers of which a state dict with quantizers holds nothing: they would stay in float unnoticed."""
+    names = [name for name, child in module.named_modules() if isinstance(child, Quantizer) and not child.is_calibrated]
+    missing = [name for name in names if f"{name}.relative_step" not in state]
+    if missing and has_quantizers(state):
+        rank_zero_warn(
+            f"The checkpoint holds no state of {shorten(missing)}, which stay in float: keep the keys with `quantizer` "
+            f"in them in the `state_dict` of {type(module).__name__}."
+        )
 
 
 def differences(settings: Mapping[str, Any], config: QuantConfig) -> list[str]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_qinit import _trainer
 from lightning_qinit.batchnorm import fold_alike
-from lightning_qinit.checkpoint import differences, has_quantizers, saved_settings
+from lightning_qinit.checkpoint import differences, has_quantizers, saved_settings, warn_of_missing
 from lightning_qinit.config import QuantConfig
 from lightning_qinit.insertion import quantized_layers
 
@@ -72,12 +72,15 @@ def check_before_loading(trainer: Trainer, module: LightningModule, config: Quan
         settings = saved_settings(checkpoint)
         if settings is not None:
             check_settings(settings, config)
-        if trainer.state.fn == "fit" and checkpoint.get("optimizer_states") and not has_quantizers(checkpoint):
-            raise MisconfigurationException(
-                "The checkpoint is one of a float module, whose optimizer knows no steps: load its weights "
-                "(`Module.load_from_checkpoint(path)`) and call `fit` without `ckpt_path`."
-            )
-        fold_alike(module, checkpoint["state_dict"])
+        state = checkpoint.get("state_dict")  # strategies that shard the module have loaded it by now, and left it out
+        if state is not None:
+            if trainer.state.fn == "fit" and checkpoint.get("optimizer_states") and not has_quantizers(state):
+                raise MisconfigurationException(
+                    "The checkpoint is one of a float module, whose optimizer knows no steps: load its weights "
+                    "(`Module.load_from_checkpoint(path)`) and call `fit` without `ckpt_path`."
+                )
+            fold_alike(module, state)
+            warn_of_missing(module, state)
         on_load_checkpoint(checkpoint)
 
     vars(check_then_load)["instead_of"] = own

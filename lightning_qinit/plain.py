@@ -1,7 +1,7 @@
 """The same without a Trainer: quantize and calibrate any ``torch.nn.Module``."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from lightning_qinit.calibration import (
     trained_norms,
     warn_of,
 )
-from lightning_qinit.calibration.config import CalibrationConfig
+from lightning_qinit.calibration.config import CalibrationConfig, Criterion
 from lightning_qinit.config import SETTINGS, LayerConfig, QuantConfig
 from lightning_qinit.insertion import insert, quantized_layers
 from lightning_qinit.monitoring import ReportRow, make_row
@@ -61,7 +61,7 @@ def calibrate(
     module: nn.Module,
     batches: Iterable[Any],
     step: Callable[[nn.Module, Any], Any] | None = None,
-    criterion: Literal["mse", "fisher", "hessian", "output"] = "mse",
+    criterion: Criterion = "mse",
     sequential: bool = False,
     average_bits: float | None = None,
     recalibrate_batchnorm: bool = False,

@@ -3,6 +3,7 @@
 import copy
 import itertools
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lightning_qinit import Codebook, QuantInitCallback, Sample, calibrate, prep
 from lightning_qinit.calibration import Sketch, observe
 from lightning_qinit.calibration.count import FEW, Counter
 from lightning_qinit.functional import fake_quantize, optimal_scale
+from lightning_qinit.functional.determinism import any_order
 from lightning_qinit.insertion import insert, named_quantizers, quantized_layers
 
 
@@ -211,6 +213,24 @@ def test_deterministic_mode_is_put_back() -> None:
         torch.use_deterministic_algorithms(False)
     Sketch().update(torch.randn(9))
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_threads_take_turns_in_deterministic_mode() -> None:
+    @any_order()
+    def worker() -> None:
+        assert not torch.are_deterministic_algorithms_enabled()
+
+    thread = Thread(target=worker)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with any_order():
+            thread.start()
+            thread.join(0.2)
+            assert thread.is_alive()  # it would put back what it found: the mode of this thread's
+        thread.join()
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 class TestBadInput:

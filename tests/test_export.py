@@ -146,6 +146,14 @@ def test_other_dtypes_fold_exactly(dtype: torch.dtype):
         torch.testing.assert_close(fold(module)(x.to(dtype)), module(x.to(dtype)), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("quantizer", ["lsq", "lsq+", "apot"])
+def test_what_is_not_a_number_stays_so(quantizer: str):
+    module = nn.Sequential(nn.Linear(4, 3))
+    calibrate(prepare(module, quantizer=quantizer), [torch.randn(5, 4)])
+    x = torch.tensor([[0.5, torch.nan, torch.inf, -torch.inf]])
+    torch.testing.assert_close(fold(module)[0].input_quantizer(x), module[0].input_quantizer(x), equal_nan=True)
+
+
 def test_autocast_folds_exactly():
     _, module, x = case("small-net", weight_bits=3, activation_bits=4)
     folded = fold(module)

@@ -489,6 +489,15 @@ def test_a_callback_that_is_used_again_brings_nothing_along(make_trainer) -> Non
     assert {row.name.split(".")[0] for row in used.report} == {"stem", "body", "hidden", "last"}
 
 
+def test_a_stream_of_what_cannot_be_copied(make_trainer) -> None:
+    scale = torch.ones(1, requires_grad=True)
+    batches = ([torch.randn(8, 1, 6, 6) * scale, torch.arange(8) % 3] for _ in range(3))
+    model, callback = SmallNet(), quiet()
+    trainer = make_trainer(callback, max_epochs=1)
+    trainer.fit(model, batches)
+    assert trainer.global_step == 3 and len(callback.report) == 8
+
+
 def test_a_batch_that_can_be_read_once_is_trained_on_as_it_came(make_trainer) -> None:
     class Once(IterableDataset):
         def __init__(self) -> None:

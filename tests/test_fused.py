@@ -1,5 +1,6 @@
 """Layers that keep no quantized values against those that do."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -145,6 +146,33 @@ def test_images_lie_as_they_do_in_float(
     assert lie[0] == lie[1]
     faster = turned and torch.backends.mkldnn.is_available()
     assert seen == [faster or layout == torch.channels_last]  # inside of the layer
+
+
+@pytest.mark.parametrize("kernels", ["auto", "eager"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("layer", [nn.Conv2d(16, 6, 3), nn.ConvTranspose2d(16, 6, 3), nn.Conv2d(16, 6, 3, padding=1)])
+def test_parts_of_images_lie_as_they_do_in_float(layer: nn.Module, layout: torch.memory_format, kernels: str) -> None:
+    layer, twin = copy.deepcopy(layer), copy.deepcopy(layer)
+    layer.padding_mode = twin.padding_mode = "reflect" if layer.padding == (1, 1) else "zeros"
+    part = torch.randn(2, 32, 7, 8).to(memory_format=layout).chunk(2, 1)[1]  # with gaps in memory
+    (layer,) = quantized(nn.Sequential(layer), part, kernels=kernels)
+    assert layer(part).stride() == twin(part).stride()
+
+
+@pytest.mark.parametrize("groups", [1, 24])
+def test_dilated_convolutions_learn_in_bfloat16(groups: int) -> None:
+    """With channels last torch finds a wrong gradient to the weight there."""
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(24, 24, 3, padding=2, dilation=2, groups=groups), torch.randn(4, 24, 30, 30)
+    (layer,) = quantized(nn.Sequential(layer), x)
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = layer(x)
+        out.float().sin().sum().backward()
+        found.append(layer.weight.grad.clone())
+    assert float((found[0] - found[1]).norm() / found[1].norm()) < 0.05
 
 
 @pytest.mark.parametrize("settings", [{"weight_bits": None}, {"activation_bits": None}], ids=["inputs", "weights"])

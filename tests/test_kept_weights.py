@@ -157,6 +157,21 @@ def test_a_module_made_in_inference_mode_predicts(make_trainer: Callable, tmp_pa
     assert torch.equal(torch.cat(found), torch.cat(expected))
 
 
+def test_another_offset_is_seen() -> None:
+    class Moved(LSQ):
+        has_offset = True
+
+    weight, quantizer = nn.Parameter(torch.randn(20, 10)), Moved(3)
+    quantizer.start(torch.tensor([0.5]), 3, True, torch.tensor([0.25]))
+    quantizer.kept.switch(True)
+    before = quantizer(weight)
+    with torch.no_grad():
+        quantizer.relative_offset.add_(0.5)
+    after = quantizer(weight)
+    quantizer.kept.switch(False)
+    assert torch.equal(after, quantizer(weight)) and not torch.equal(after, before)
+
+
 def test_other_levels_are_seen() -> None:
     """States that are loaded by assignment come without a change that torch counts."""
     weight, few, more = nn.Parameter(torch.randn(20, 10)), APoT(3), APoT(4)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_qinit import Quantizer, calibrate, prepare
+from lightning_qinit.calibration import observe
 from lightning_qinit.functional import fake_quantize
 from lightning_qinit.insertion import QUANTIZED_LAYERS, QuantizedLayer, float_parameters, quantized_layers, remove
 
@@ -276,6 +277,12 @@ def test_tied_weights_share_one_quantizer() -> None:
     used = levels_of(model.table.weight, model.table.weight_quantizer)
     x = levels_of(used, model.head.input_quantizer)
     assert torch.allclose(model(torch.arange(10)), F.linear(x, used), atol=1e-6)
+    late = Tied()
+    late.head.weight = nn.Parameter(torch.randn(10, 4))
+    prepare(late, weight_bits=3)
+    late.head.weight = late.table.weight  # tied once the layers are quantized
+    prepare(late, weight_bits=3)
+    assert late.head.weight_quantizer is late.table.weight_quantizer
     twin = copy.deepcopy(model)
     assert twin.head.weight_quantizer is twin.table.weight_quantizer
     prepare(Tied(), overrides={"head": {"activation_bits": 8}})  # concerns an input, which is not shared
@@ -317,6 +324,7 @@ def test_a_layer_type_of_ones_own() -> None:
 
     class QuantScaled(QuantizedLayer, Scaled):
         float_class = Scaled
+        linear = True
 
         @classmethod
         def weight_names(cls, layer: nn.Module) -> tuple[str, ...]:
@@ -328,11 +336,22 @@ def test_a_layer_type_of_ones_own() -> None:
     QUANTIZED_LAYERS[Scaled] = QuantScaled
     try:
         x, kernel = torch.randn(3, 6), Scaled()
-        model = quantized(kernel, x)[0]
+        model = quantized(copy.deepcopy(kernel), x)[0]
+        weighted = prepare(nn.Sequential(copy.deepcopy(kernel)), weight_bits=3, first_last_bits=None)
+        with observe(quantized_layers(weighted), "hessian") as seen, torch.no_grad():
+            weighted(x)
     finally:
         del QUANTIZED_LAYERS[Scaled]
+    importance = seen.weight_importance["0.weight"] / seen.weight_importance["0.weight"].mean()
+    squares = x.double().square().mean(0).expand(5, 6)
+    assert torch.allclose(importance, squares / squares.mean(), rtol=1e-5)
     expected = 2 * levels_of(x, model.input_quantizer) @ levels_of(kernel.kernel, model.weight_quantizer).T
     assert torch.allclose(model(x), expected, atol=1e-6)
+
+
+def test_shapes_are_found_on_the_meta_device() -> None:
+    model = quantized(nn.Linear(6, 5), torch.randn(3, 6)).to("meta")
+    assert model(torch.randn(7, 6, device="meta")).shape == (7, 5)
 
 
 def test_shared_layer_and_integer_inputs() -> None:

@@ -12,13 +12,14 @@ import torch
 from conftest import SmallNet, loader, quantizers, quiet, small_data
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, RandomSampler, Subset
 from torchmetrics import MeanMetric
 
 from lightning_qinit import prepare
+from lightning_qinit.functional import optimal_scale
 from lightning_qinit.insertion import quantized_layers
 
 
@@ -40,6 +41,20 @@ def test_a_step_may_need_what_a_hook_sets_up(make_trainer, hook: str) -> None:
     assert len(callback.report) == 8 and all(q.is_calibrated for q in quantizers(model).values())
 
 
+def test_weights_that_a_module_loads_as_fit_starts_are_those_calibrated(make_trainer) -> None:
+    class Loads(SmallNet):
+        def on_fit_start(self) -> None:
+            with torch.no_grad():
+                self.hidden.weight.mul_(100)
+
+    torch.manual_seed(0)
+    model, callback = Loads(), quiet()
+    before = model.hidden.weight.detach().clone()
+    make_trainer(callback, max_steps=1).fit(model, loader(shuffle=False))
+    fit = optimal_scale(100 * before, model.hidden.weight_quantizer.levels, 0)
+    assert torch.allclose(model.hidden.weight_quantizer.initial_step.double(), fit.scale, rtol=1e-5)
+
+
 def test_a_step_may_ask_the_trainer_for_its_loader(make_trainer) -> None:
     asked = []
 
@@ -52,6 +67,7 @@ def test_a_step_may_ask_the_trainer_for_its_loader(make_trainer) -> None:
     assert asked == [(4, 4)] * 7
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 def test_calibration_leaves_no_trace_in_what_a_module_holds(make_trainer) -> None:
     class Ordered(OrderedDict):
         def clear(self) -> None:
@@ -62,7 +78,8 @@ def test_calibration_leaves_no_trace_in_what_a_module_holds(make_trainer) -> Non
             super().__init__()
             self.save_hyperparameters({"beta": 1.0})
             self.counts, self.ordered = np.zeros(3), Ordered(a=1, b=2)
-            self.metrics = [MeanMetric()]
+            self.metrics, self.inner = [MeanMetric()], (nn.BatchNorm1d(3),)
+            self.nested = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
             self.automatic_optimization = False
 
         def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
@@ -72,11 +89,18 @@ def test_calibration_leaves_no_trace_in_what_a_module_holds(make_trainer) -> Non
             self.hparams.beta *= 0.5
             self.ordered["c"] = 3
             self.metrics[0].update(loss.detach())
+            self.inner[0](torch.rand(4, 3))
+            self.nested.add_(1)
             optimizer.param_groups[0]["lr"] *= 0.5
             self.trainer.should_stop = True
             optimizer.zero_grad()
             self.manual_backward(loss)
             optimizer.step()
+            self.trainer.lr_scheduler_configs[0].scheduler.step()
+
+        def configure_optimizers(self) -> tuple[list, list]:
+            optimizer = super().configure_optimizers()
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 100)]
 
     seen: list[Any] = []
 
@@ -84,10 +108,50 @@ def test_calibration_leaves_no_trace_in_what_a_module_holds(make_trainer) -> Non
         def on_train_start(self, trainer: pl.Trainer, module: Holds) -> None:
             seen.extend((module.counts.tolist(), module.hparams.beta, list(module.ordered.items())))
             seen.extend((module.metrics[0].update_count, trainer.optimizers[0].param_groups[0]["lr"]))
-            seen.append(trainer.should_stop)
+            seen.extend((trainer.should_stop, int(module.inner[0].num_batches_tracked)))
+            seen.extend((float(module.nested[1].sum()), trainer.lr_scheduler_configs[0].scheduler.last_epoch))
 
     make_trainer(quiet(), Look()).fit(Holds(), loader())
-    assert seen == [[0.0] * 3, 1.0, [("a", 1), ("b", 2)], 0, 0.05, False]
+    assert seen == [[0.0] * 3, 1.0, [("a", 1), ("b", 2)], 0, 0.05, False, 0, 0.0, 0]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated:DeprecationWarning")
+def test_a_scripted_module_stays_in_its_mode(make_trainer) -> None:
+    class Scripted(SmallNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.jit.script(nn.BatchNorm2d(4))
+
+    model = Scripted()
+    make_trainer(quiet(), max_steps=4).fit(model, loader())
+    assert model.norm.training and int(model.norm.num_batches_tracked) == 4
+
+
+@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
+def test_a_step_may_ask_where_logs_go(make_trainer, tmp_path: Path, kind: type) -> None:
+    class Asks(SmallNet):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            logger = self.trainer.loggers[0]
+            asked.append((self.trainer.log_dir, logger.log_dir, logger.save_dir, logger.name, logger.version))
+            assert isinstance(logger, kind)
+            logger.log_metrics({"by hand": len(asked)}, step=0)
+            if kind is TensorBoardLogger:
+                logger.experiment.add_scalar("by hand", len(asked), 0)
+            logger.log_hyperparams({"calls": len(asked)})
+            return super().training_step(batch, batch_idx)
+
+    asked: list[tuple] = []
+    logger = kind(tmp_path)
+    make_trainer(quiet(), logger=logger, max_steps=1).fit(Asks(), loader())
+    assert len(asked) == 4 and set(asked) == {(logger.log_dir, logger.log_dir, logger.save_dir, logger.name, 0)}
+    if kind is CSVLogger:
+        assert (Path(logger.log_dir) / "metrics.csv").read_text() == "by hand,step\n4,0\n"
+    else:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        found = EventAccumulator(logger.log_dir).Reload().Scalars("by hand")
+        assert {event.value for event in found} == {4.0}
 
 
 class Noise:

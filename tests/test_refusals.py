@@ -134,6 +134,13 @@ def test_layers_without_a_weight_stay_as_they_are() -> None:
     assert [isinstance(layer, QuantizedLayer) for layer in model] == [True, False, False]
 
 
+def test_an_embedding_has_no_input_to_quantize() -> None:
+    with pytest.raises(ValueError, match="Sequential has no layer to quantize"):
+        prepare(nn.Sequential(nn.Embedding(5, 4)), weight_bits=None)
+    model = prepare(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3)), weight_bits=None)
+    assert [isinstance(layer, QuantizedLayer) for layer in model] == [False, True]
+
+
 def test_a_layer_whose_forward_was_replaced_stays_in_float() -> None:
     model = SmallNet()
     model.hidden.forward = lambda x: nn.functional.linear(x, model.hidden.weight)

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
+import fsspec
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import SmallNet, loader, quiet
+from conftest import SmallNet, loader, quantizers, quiet
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import RichModelSummary
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -225,6 +226,7 @@ def test_oscillating_weights_are_frozen_where_they_are_mostly(make_trainer, tmp_
         rows = [row for row in csv.DictReader(file) if row["quant_frozen/hidden.weight"]]
     assert float(rows[-1]["quant_frozen/hidden.weight"]) == pytest.approx(1 / model.hidden.weight.numel())
     assert float(rows[-1]["quant_oscillation/hidden.weight"]) > 0
+    assert not any(name.startswith("quant_frozen/") and name.endswith("input") for name in rows[-1])
 
 
 def test_frozen_weights_stay_frozen_in_a_resumed_run(make_trainer, tmp_path) -> None:
@@ -322,6 +324,33 @@ def test_report_is_written_beside_the_logs(make_trainer, tmp_path, capsys) -> No
     printed = capsys.readouterr().out
     assert all(f"{row.name} ({row.sqnr_db:.1f} dB)" in printed for row in lossy)
     assert all(len(line) <= 120 for line in printed.splitlines() if "Most signal" not in line)
+
+
+def test_the_report_may_be_written_anywhere(make_trainer, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    logger, callback = CSVLogger("memory://logs"), quiet()
+    make_trainer(callback, logger=logger, max_steps=1).fit(SmallNet(), loader())
+    with fsspec.open(f"{logger.log_dir}/quantization.json") as file:
+        assert len(json.load(file)) == len(callback.report) == 8
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_a_run_that_never_quantizes_comes_to_its_end(make_trainer, tmp_path, skips: bool) -> None:
+    class Skips(SmallNet):
+        def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor | None:
+            return super().training_step(batch, batch_idx) if self.training else None
+
+    model, logger = (Skips if skips else SmallNet)(), TensorBoardLogger(tmp_path)
+    if skips:
+        with pytest.warns(UserWarning, match="saw no training batch that runs a quantized layer, so nothing is quanti"):
+            make_trainer(quiet(), logger=logger, log_every_n_steps=1).fit(model, loader())
+        return
+    callback = quiet()
+    make_trainer(callback).fit(model, loader())
+    for quantizer in quantizers(model).values():
+        quantizer.enabled = False
+    make_trainer(callback, logger=logger, log_every_n_steps=1).fit(model, loader())
 
 
 def test_nothing_is_written_without_a_logger(make_trainer, tmp_path) -> None:

@@ -19,8 +19,8 @@ torch.manual_seed(0)
 scratch = Scratch()
 torch.set_grad_enabled(False)
 KINDS = {
-    "uniform": partial(LSQ, 4), "binary": partial(LSQ, 1), "clip": partial(PACT, 4), "offset": partial(LSQPlus, 4),
-    "few levels": partial(APoT, 3), "many levels": partial(APoT, 7),
+    "uniform": partial(LSQ, 4), "binary": partial(LSQ, 1), "clip": partial(PACT, 4),
+    "offset": partial(LSQPlus, 4, batch_axis=0), "few levels": partial(APoT, 3), "many levels": partial(APoT, 7),
     "codebook": partial(Codebook, 2, levels=(-2.0, -0.5, 0.0, 3.0)),
 }
 last = torch.channels_last

@@ -1,9 +1,11 @@
 """What the user asks of calibration."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from lightning_qinit.checks import check, check_flag, check_whole, is_number
+
+Criterion = Literal["mse", "fisher", "hessian", "output"]
 
 
 @dataclass(frozen=True)
@@ -21,15 +23,16 @@ class CalibrationConfig:
     """
 
     batches: int = 16
-    criterion: Literal["mse", "fisher", "hessian", "output"] = "mse"
+    criterion: Criterion = "mse"
     sequential: bool = False
     average_bits: float | None = None
     recalibrate_batchnorm: bool = False
 
     def __post_init__(self) -> None:
         check_whole("calibration_batches", self.batches, 1)
-        criteria = "'mse', 'fisher', 'hessian' or 'output'"
-        check("criterion", self.criterion, self.criterion in ("mse", "fisher", "hessian", "output"), criteria)
+        check(
+            "criterion", self.criterion, self.criterion in get_args(Criterion), "'mse', 'fisher', 'hessian' or 'output'"
+        )
         check_flag("sequential", self.sequential)
         check_flag("recalibrate_batchnorm", self.recalibrate_batchnorm)
         average = self.average_bits

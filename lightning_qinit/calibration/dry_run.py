@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import PurePath
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 
-from lightning_qinit._trainer import isolate_rng
+from lightning_qinit._trainer import isolate_rng, schedulers
 from lightning_qinit.calibration.mode import calibration_mode
 from lightning_qinit.calibration.restore import restored
 from lightning_qinit.insertion import held_schedulers
@@ -35,7 +37,7 @@ def dry_run(trainer: Trainer, module: LightningModule) -> Iterator[list[Tensor]]
         for child in module.modules():
             if isinstance(child, LightningModule):  # one inside another may optimize by hand as well
                 stack.enter_context(_idle(child, losses))
-        for scheduler in held_schedulers(module):
+        for scheduler in {*held_schedulers(module), *schedulers(trainer)}:
             stack.enter_context(_replaced(scheduler, {"step": _nothing}))
         if callable(step := getattr(module, "calibration_step", None)):
             stack.enter_context(_replaced(module, {"training_step": step}))
@@ -49,13 +51,37 @@ def _silent(trainer: Trainer) -> Iterator[None]:
     """Nothing is logged, and a step that asks to stop, or sets a learning rate, does not do so to the run."""
     loggers, should_stop = trainer.loggers, trainer.should_stop
     groups = [(group, dict(group)) for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    trainer.loggers = [DummyLogger() for _ in loggers]
+    trainer.loggers = [_mute(logger) for logger in loggers]
     try:
         yield
     finally:
         trainer.loggers, trainer.should_stop = loggers, should_stop
         for group, settings in groups:
             group.update(settings)
+
+
+NOWHERE = DummyLogger().experiment
+PLAIN = str, int, float, PurePath, dict, list, tuple, type(None)
+
+
+class _Mute:
+    """What makes a logger keep to itself: it tells where its logs are; methods do nothing, and handles lead nowhere."""
+
+    experiment = NOWHERE
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if name.startswith("_") or isinstance(value, PLAIN):
+            return value
+        return _nothing if callable(value) else NOWHERE
+
+
+def _mute(logger: Logger) -> Logger:
+    """The same logger, of a class that is its own but mute."""
+    kind: Any = type(logger)
+    mute: Logger = object.__new__(type(kind)(kind.__name__, (_Mute, kind), {}))
+    vars(mute).update(vars(logger))
+    return mute
 
 
 def _idle(module: LightningModule, losses: list[Tensor]) -> AbstractContextManager[None]:

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterable, Mapping
 
 from lightning_qinit.calibration.batchnorm import Statistics, set_statistics
+from lightning_qinit.calibration.config import Criterion
 from lightning_qinit.calibration.data import CalibrationData
-from lightning_qinit.calibration.observe import Criterion, Observation
+from lightning_qinit.calibration.observe import Observation
 from lightning_qinit.calibration.start import Start, plan
 from lightning_qinit.calibration.widths import WIDTHS, average_bits, bits_at_ends, free_weights
 from lightning_qinit.functional.sharded import whole

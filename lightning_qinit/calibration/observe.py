@@ -4,19 +4,19 @@ import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightning_qinit.calibration.config import Criterion
 from lightning_qinit.calibration.count import FEW, Counter, Tally
 from lightning_qinit.calibration.sketch import Sketch
 from lightning_qinit.functional.sample import float64_device
 from lightning_qinit.insertion import QuantizedLayer
 
-Criterion = Literal["mse", "fisher", "hessian", "output"]
 _CHUNK = 2**18  # values summed at a time: few enough to stay in the cache
 
 
@@ -180,15 +180,15 @@ def _squares_met(layer: QuantizedLayer, args: tuple[Any, ...], kwargs: dict[str,
     def squared(x: Any) -> Any:
         return x.detach().float().square() if isinstance(x, Tensor) and x.is_floating_point() else x
 
-    weight: Tensor = layer.weight  # type: ignore[assignment]  # linear layers have one
-    zero = torch.zeros_like(weight, dtype=torch.float32, requires_grad=True)
+    (name,) = layer.weight_names(layer)
+    zero = torch.zeros_like(getattr(layer, name), dtype=torch.float32, requires_grad=True)
     twin = copy.copy(layer)  # shares everything but what is set here
     twin.__class__ = layer.float_class  # type: ignore[assignment]
-    vars(twin).pop("weight", None)  # where pruning keeps the masked one
-    vars(twin)["_parameters"] = {"weight": zero, "bias": None}
+    vars(twin).pop(name, None)  # where pruning keeps the masked one
+    vars(twin)["_parameters"] = {**dict.fromkeys(layer._parameters), name: zero}
     if hasattr(twin, "scale_grad_by_freq"):
         vars(twin)["scale_grad_by_freq"] = False
-    with torch.enable_grad(), torch.autocast(weight.device.type, enabled=False):
+    with torch.enable_grad(), torch.autocast(zero.device.type, enabled=False):
         output = twin.forward(*map(squared, args), **{key: squared(value) for key, value in kwargs.items()})
         (gradient,) = torch.autograd.grad(output.sum(), zero)
     return gradient.to(float64_device(gradient)).double()

@@ -6,12 +6,13 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_qinit.calibration.batchnorm import Statistics, batch_statistics
-from lightning_qinit.calibration.config import CalibrationConfig
+from lightning_qinit.calibration.config import CalibrationConfig, Criterion
 from lightning_qinit.calibration.initialize import choose
-from lightning_qinit.calibration.observe import Criterion, Observation, observe
+from lightning_qinit.calibration.observe import Observation, observe
 from lightning_qinit.calibration.start import Start
 from lightning_qinit.insertion import QuantizedLayer
 
@@ -80,5 +81,13 @@ class Passes:
             self.step(batch, index)
 
     def _fresh(self) -> Iterable[Any]:
-        """The batches; copies of those that are kept, since a step may take them apart."""
-        return (copy.deepcopy(batch) for batch in self.batches) if self.kept else self.batches
+        """The batches; copies of those that are kept."""
+        return map(copied, self.batches) if self.kept else self.batches
+
+
+def copied(batch: Any) -> Any:
+    """A copy of a batch, which a step may take apart; of what cannot be copied, with copies of the tensors in it."""
+    try:
+        return copy.deepcopy(batch)
+    except Exception:  # of tensors that were computed with gradients, or of whatever else may be in a batch
+        return apply_to_collection(batch, Tensor, lambda tensor: tensor.detach().clone())

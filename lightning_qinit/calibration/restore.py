@@ -45,6 +45,10 @@ def _keep(value: Any, seen: set[int]) -> Restore:
     if isinstance(value, nn.Module):
         seen.add(id(value))
         return _keep_module(value, seen)
+    if isinstance(value, tuple):
+        seen.add(id(value))
+        inner = [_keep(member, seen) for member in value if not isinstance(member, Tensor)]
+        return lambda: [restore() for restore in inner]
     if isinstance(value, np.ndarray) and value.flags.writeable and not isinstance(value, np.memmap):
         return partial(np.copyto, value, value.copy())
     kind = next((kind for kind in CONTAINERS if isinstance(value, kind)), None)
@@ -55,7 +59,7 @@ def _keep(value: Any, seen: set[int]) -> Restore:
 
 
 def _keep_module(module: nn.Module, seen: set[int]) -> Restore:
-    attributes = dict(vars(module))
+    attributes, training = dict(vars(module)), module.training
     tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
     inner = [_keep(value, seen) for value in (*attributes.values(), *tensors)]
 
@@ -64,6 +68,8 @@ def _keep_module(module: nn.Module, seen: set[int]) -> Restore:
         for name in [name for name in now if name not in attributes]:
             del now[name]
         now.update(attributes)
+        if module.training is not training:  # TorchScript keeps it elsewhere
+            module.training = training
         for restore_value in inner:
             restore_value()
 
@@ -91,7 +97,8 @@ def _keep_container(value: Any, kind: Any, seen: set[int]) -> Restore:
 def _keep_tensor(tensor: Tensor, seen: set[int]) -> Restore:
     if id(tensor) in seen or is_lazy(tensor) or tensor.is_inference():
         return _nothing
-    if tensor.layout == torch.strided and 0 in [s for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1]:
+    strided = tensor.layout == torch.strided and not tensor.is_nested
+    if strided and 0 in [s for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1]:
         return _nothing  # expanded: nothing can be written to it
     seen.add(id(tensor))
     copy = tensor.detach().clone()

@@ -1,6 +1,5 @@
 """The calibration pass of a Trainer."""
 
-import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,13 +16,11 @@ from lightning_qinit.calibration.batchnorm import Statistics, trained_norms
 from lightning_qinit.calibration.config import CalibrationConfig
 from lightning_qinit.calibration.dry_run import dry_run
 from lightning_qinit.calibration.observe import Observation
-from lightning_qinit.calibration.passes import Passes
+from lightning_qinit.calibration.passes import Passes, copied
 from lightning_qinit.calibration.sketch import Sketch
 from lightning_qinit.calibration.start import Start
 from lightning_qinit.functional.sample import float64_device
 from lightning_qinit.insertion import QuantizedLayer
-
-NOTHING: Any = object()
 
 
 class StepError(RuntimeError):
@@ -35,7 +32,7 @@ def choose_in_training(
     module: LightningModule,
     layers: Mapping[str, QuantizedLayer],
     config: CalibrationConfig,
-    batch: Any = NOTHING,
+    given: Sequence[Any] | None = None,
 ) -> tuple[list[Start], Observation, Statistics]:
     """Run the module's step on the first training batches without a trace, and choose where quantizers start.
 
@@ -44,7 +41,7 @@ def choose_in_training(
         module: its module.
         layers: the layers to start.
         config: how to calibrate.
-        batch: one batch at hand, for data that cannot be read ahead.
+        given: the batches, for data that cannot be read ahead; ``None`` reads them.
 
     Raises:
         MisconfigurationException: if ``training_step`` takes the loader's iterator and there is no
@@ -58,7 +55,7 @@ def choose_in_training(
             "`calibration_step(batch, batch_idx)` in the module."
         )
     norms = trained_norms(module)
-    with dry_run(trainer, module) as losses, _batches(trainer, config.batches, batch) as batches:
+    with dry_run(trainer, module) as losses, _batches(trainer, config.batches, given) as batches:
 
         def step(batch: Any, index: int) -> list[Tensor]:
             losses.clear()
@@ -86,9 +83,9 @@ def _average(trainer: Trainer, mean: Tensor, variance: Tensor, batches: Tensor) 
 
 
 @contextmanager
-def _batches(trainer: Trainer, most: int, batch: Any) -> Iterator[Any]:
-    if batch is not NOTHING:
-        yield [copy.deepcopy(batch)]  # training takes the same one next, and a step may take it apart
+def _batches(trainer: Trainer, most: int, given: Sequence[Any] | None) -> Iterator[Any]:
+    if given is not None:
+        yield map(copied, given)  # training takes the same ones next
         return
     here = math.ceil(most / trainer.world_size)
     shown = trainer.is_global_zero and getattr(trainer.progress_bar_callback, "is_enabled", False)

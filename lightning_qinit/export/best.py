@@ -54,8 +54,8 @@ def export_best(trainer: Trainer, module: LightningModule, path: Path) -> None:
     exported = copy.deepcopy(module).cpu()
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if best:
-        # this run wrote it, with whatever hyperparameters the module saves
-        checkpoint = torch.load(best, map_location="cpu", weights_only=False)
+        # this run wrote it, with whatever hyperparameters the module saves, and wherever
+        checkpoint = trainer.strategy.load_checkpoint(best, weights_only=False)
         exported.on_load_checkpoint(checkpoint)
         exported.load_state_dict(checkpoint["state_dict"], strict=exported.strict_loading)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -154,11 +154,9 @@ def _at(part: Tensor, point: Tensor) -> Tensor:
 
 def _gain(rows: Rows) -> Tensor:
     """What ``A`` grows by as the level of a value grows by one."""
-    gain = rows.w * rows.x
-    if rows.mean is None:
-        return gain
+    assert rows.mean is not None
     total = rows.sums(rows.x)
-    return gain + rows.mean * (total if rows.output is None else total.gather(1, rows.output))
+    return rows.w * rows.x + rows.mean * (total if rows.output is None else total.gather(1, rows.output))
 
 
 def _squared_sums(start: Tensor, moves: Tensor, output: Tensor | None) -> Tensor:

@@ -14,9 +14,7 @@ from lightning_qinit.quantizers.frozen import refuse_frozen
 from lightning_qinit.quantizers.kernels import Kernels
 
 
-def insert(
-    module: nn.Module, config: QuantConfig, complete: bool = True, kernels: Kernels | None = None
-) -> dict[str, QuantizedLayer]:
+def insert(module: nn.Module, config: QuantConfig, complete: bool = True, kernels: Kernels | None = None) -> None:
     """Turn the layers that ``config`` asks for into quantized ones, in place; those that are stay untouched.
 
     Args:
@@ -25,9 +23,6 @@ def insert(
         complete: whether the module has all its layers by now. If not, a pattern may match none of them yet.
         kernels: how all quantizers compute from now on, those that there were included; ``None`` leaves them as they
             are, which is ``"auto"`` for new ones.
-
-    Returns:
-        All quantized layers of the module by name.
 
     Raises:
         ValueError: if a pattern matches no layer, or the module has none to quantize, or was folded. Nothing is changed
@@ -50,14 +45,13 @@ def insert(
         layer = candidates[name]
         if isinstance(layer, QuantizedLayer):
             vars(layer)["quant_config"] = settings  # other initializers, for quantizers that are still to start
+            _share(layer, shared)
         else:
             _quantize_layer(layer, settings, shared)
     call_layers(module)
-    layers = quantized_layers(module)
     if kernels is not None:
-        for quantizer in named_quantizers(layers).values():
+        for quantizer in named_quantizers(quantized_layers(module)).values():
             quantizer.kernels = kernels
-    return layers
 
 
 def _refuse_lazy(module: nn.Module) -> None:
@@ -87,21 +81,31 @@ def _check_same_settings(candidates: Mapping[str, nn.Module], chosen: Mapping[st
 
 def _shared_weights(candidates: Mapping[str, nn.Module], chosen: Mapping[str, LayerConfig]) -> dict[int, Quantizer]:
     """Quantizers that there are already, by the id of their weight: tied weights share one."""
-    shared = {}
+    shared: dict[int, Quantizer] = {}
     of_weight: dict[int, tuple[str, LayerConfig]] = {}
     for name, settings in chosen.items():
         layer = candidates[name]
-        if isinstance(layer, QuantizedLayer):
-            quantizers = layer.quantizers()
-            shared.update({id(weight): quantizers[what] for what, weight in layer.weights().items()})
-            continue
-        for weight_name in QUANTIZED_LAYERS[type(layer)].weight_names(layer):
-            other, theirs = of_weight.setdefault(id(getattr(layer, weight_name)), (name, settings))
+        there = layer.parameter_quantizers() if isinstance(layer, QuantizedLayer) else {}
+        for weight_name in _kind(layer).weight_names(layer):
+            weight = getattr(layer, weight_name)
+            if there and not isinstance(weight, nn.Parameter):
+                continue  # computed for every use
+            other, theirs = of_weight.setdefault(id(weight), (name, settings))
             if plain_weight(theirs) != plain_weight(settings):
                 raise ValueError(
                     f"The layers {other!r} and {name!r} share a weight, so the settings of weights must be the same."
                 )
+            if weight_name in there:
+                shared.setdefault(id(weight), there[weight_name])
     return shared
+
+
+def _share(layer: QuantizedLayer, shared: Mapping[int, Quantizer]) -> None:
+    """Give weights that were tied after their layers were quantized one quantizer."""
+    own = layer.parameter_quantizers()
+    common = {name: shared.get(id(getattr(layer, name)), quantizer) for name, quantizer in own.items()}
+    if any(common[name] is not quantizer and not quantizer.is_calibrated for name, quantizer in own.items()):
+        layer.weight_quantizer = held(common)
 
 
 def remove(module: nn.Module, keep: Container[str] = ()) -> None:
@@ -164,13 +168,21 @@ def _candidates(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         # networks inside a metric (FID, LPIPS, ...) measure the model and are no part of it
         if name.startswith(tuple(metrics)):
             continue
-        if isinstance(child, QuantizedLayer) or type(child) in QUANTIZED_LAYERS:
-            if isinstance(child, QuantizedLayer) or QUANTIZED_LAYERS[type(child)].accepts(child):
-                yield name, child
+        kind = QUANTIZED_LAYERS.get(type(child))
+        if isinstance(child, QuantizedLayer) or (kind is not None and kind.accepts(child)):
+            yield name, child
+
+
+def _kind(layer: nn.Module) -> type[QuantizedLayer]:
+    """The class of a quantized layer, or that which it would have."""
+    return type(layer) if isinstance(layer, QuantizedLayer) else QUANTIZED_LAYERS[type(layer)]
 
 
 def _chosen(candidates: Mapping[str, nn.Module], config: QuantConfig) -> dict[str, LayerConfig]:
     chosen = {name: settings for name in candidates if (settings := config.of_layer(name)) is not None}
+    for name in [name for name, settings in chosen.items() if settings.weight_bits is None]:
+        if not _kind(candidates[name]).inputs:  # of an embedding nothing is left to quantize
+            del chosen[name]
     for name, layer in candidates.items():
         # attention in float uses the weight of its output projection without calling that layer
         if isinstance(layer, nn.MultiheadAttention) and name not in chosen:

@@ -1,6 +1,6 @@
 """Every step ends in an optimizer exactly once, without weight decay and at its own learning rate."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import compress
 from typing import Any, NamedTuple
@@ -88,14 +88,14 @@ def separate_steps(
     """
     steps = {id(p) for layer in layers.values() for q in layer.quantizers().values() for p in q.parameters()}
     followers = []
+    nested = {id(s): s for scheduler in schedulers for s in _nested(scheduler)}.values()
     for optimizer in optimizers:
-        nested = {id(s): s for scheduler in schedulers for s in _nested(scheduler)}.values()
         its_schedulers = [s for s in nested if getattr(s, "optimizer", optimizer) is optimizer]
         foreign = not its_schedulers or not all(isinstance(s, LRScheduler) for s in its_schedulers)
-        for index, group in enumerate(list(optimizer.param_groups)):
+        groups, made = optimizer.param_groups, []
+        for group in list(groups):
             is_step = [id(p) in steps for p in group["params"]]
-            apart = all(is_step)  # a group of the user's own, or from an earlier fit
-            if not any(is_step) or apart or (not group.get("weight_decay") and lr_scale == 1):
+            if not any(is_step) or _is_apart(group, steps) or (not group.get("weight_decay") and lr_scale == 1):
                 continue
             if isinstance(optimizer, LBFGS):
                 raise ValueError("`step_lr_scale` must be 1 with L-BFGS, which has one parameter group only.")
@@ -108,15 +108,28 @@ def separate_steps(
                 settings["weight_decay"] = 0.0
             if "name" in settings:  # LearningRateMonitor takes no two of one name
                 settings["name"] = f"{group['name']}_steps"
-            groups = len(optimizer.param_groups)
+            count, source = len(groups), _place(group, groups)
+            # beside those that there are: a group that was added since is to stay the last, by which callbacks know it
+            place = 1 + max((i for i, other in enumerate(groups) if _is_apart(other, steps)), default=count - 1)
             optimizer.add_param_group(settings)
+            groups.insert(place, groups.pop())
+            made.append((groups[place], group))
             for scheduler in its_schedulers:
                 for name, values in vars(scheduler).items():
-                    if name in PER_GROUP and isinstance(values, list) and len(values) == groups:
-                        values.append(_scaled(name, values[index], lr_scale))
-            if foreign:
-                followers.append(Follower(optimizer, groups, index, lr_scale))
+                    if name in PER_GROUP and isinstance(values, list) and len(values) == count:
+                        values.insert(place, _scaled(name, values[source], lr_scale))
+        if foreign:
+            followers += [Follower(optimizer, _place(new, groups), _place(of, groups), lr_scale) for new, of in made]
     return followers
+
+
+def _is_apart(group: dict[str, Any], steps: Container[int]) -> bool:
+    """Whether a group holds steps alone: one of the user's own, or from an earlier fit."""
+    return bool(group["params"]) and all(id(p) in steps for p in group["params"])
+
+
+def _place(group: dict[str, Any], groups: Sequence[dict[str, Any]]) -> int:
+    return next(index for index, other in enumerate(groups) if other is group)
 
 
 @contextmanager

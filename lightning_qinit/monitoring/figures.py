@@ -17,19 +17,21 @@ FACTORS = 2.0 ** torch.linspace(-3, 3, 73, dtype=torch.float64)
 SHOWN = ("minmax", "lsq", "lsq+", "aciq", "percentile")
 MARKS = "ov^sD"
 BINS = 120
+MOST_VALUES = 2**16
 MOST_LEVELS = 64  # more lines than that are a grey area
 
 
-def sample_for_figure(sample: Sample, most_groups: int = 16, most_values: int = 2**16) -> Sample:
+def enough(sample: Sample, chosen: Initial) -> tuple[Sample, Initial]:
     """Some of the groups and, of unweighted data, some of the values: enough to draw."""
-    groups = channels(len(sample.values), most_groups).to(sample.values.device)
-    stride = max(1, len(groups) * sample.values.shape[1] // most_values)
+    groups = channels(len(sample.values)).to(sample.values.device)
+    stride = max(1, len(groups) * sample.values.shape[1] // MOST_VALUES)
     weighted = bool((sample.weights != sample.weights[:, :1]).any())  # the keys of a sketch
     kept = slice(None) if weighted else slice(None, None, stride)
-    return Sample.of_values(sample.values[groups][:, kept], sample.weights[groups][:, kept])
+    some = Sample.of_values(sample.values[groups][:, kept], sample.weights[groups][:, kept])
+    return some, Initial(chosen.step[groups], None if chosen.offset is None else chosen.offset[groups])
 
 
-def draw(name: str, sample: Sample, levels: Tensor, chosen: Initial) -> "Figure":
+def draw(name: str, sample: Sample, chosen: Initial, levels: Tensor) -> "Figure":
     """Draw a quantizer.
 
     Left: the values in units of each group's step, on a logarithmic scale of counts, with the levels as lines. Right:

@@ -24,7 +24,6 @@ from lightning_qinit.quantizers import Quantizer
 MOST_LEVELS = 256
 VALUES = 8192  # at most so many values of a tensor are drawn
 OPTIMUM_VALUES = 2048  # and so many are solved for the step that would be optimal now
-NOISE, SIGNAL, CLIPPED, COUNT, STILL = range(5)
 
 
 class Monitor:
@@ -114,12 +113,13 @@ class Monitor:
         ratios = self._to_optimal(device)
         totals = reduce(torch.cat((sums, counts, ratios), dim=1))
         states = torch.stack([self._states.get(name, _state(q)) for name, q in self.quantizers.items()])
-        rates = torch.stack([self._rate(name, device) for name in names])
-        noise, signal = totals[:, NOISE], totals[:, SIGNAL]
+        rates = torch.stack([self._rates(name, device) for name in names])
+        sums, counts, ratios = totals.split((5, MOST_LEVELS, 2), dim=1)
+        noise, signal = sums[:, 0], sums[:, 1]
         derived = torch.stack((quantization_error_compute(noise, signal), sqnr_db_compute(noise, signal)), dim=1)
-        used = (totals[:, 5 : 5 + MOST_LEVELS] > 0).sum(1, keepdim=True)
-        table = torch.cat((totals[:, :5], totals[:, -2:], states, rates, derived, used.to(totals)), dim=1).tolist()
-        self.counts = dict(zip(names, totals[:, 5 : 5 + MOST_LEVELS], strict=True))
+        used = (counts > 0).sum(1, keepdim=True)
+        table = torch.cat((sums, ratios, states, rates, derived, used.to(sums)), dim=1).tolist()
+        self.counts = dict(zip(names, counts, strict=True))
         self._sums, self._counts, self._values, self._states = {}, {}, {}, {}
         self._codes, self._new_codes = {**self._codes, **self._new_codes}, {}
         self._closed += 1
@@ -129,7 +129,7 @@ class Monitor:
             quantizer = self.quantizers[name]
             if not quantizer.active:
                 continue
-            _, signal, clipped, count, still, ratio, ranks, step, drift, offset, rate, error, sqnr, used = row
+            _, signal, clipped, count, still, ratio, ranks, step, drift, offset, rate, frozen, error, sqnr, used = row
             seen = signal > 0
             measured: dict[Quantity, float | None] = {
                 "step": step,
@@ -142,7 +142,7 @@ class Monitor:
                 "still": still / count if seen and still >= 0 and quantizer.batch_axis is None else None,
                 "to_optimal": ratio / ranks if ranks > 0 else None,
                 "oscillation": rate if rate >= 0 else None,
-                "frozen": None if self.tracker is None else self.tracker.share_frozen(name),
+                "frozen": frozen if frozen >= 0 else None,
             }
             for quantity in self.quantities:
                 if (value := measured[quantity]) is not None:
@@ -178,12 +178,13 @@ class Monitor:
         if "to_optimal" in self.quantities and self.is_costly and name not in self._values:
             self._values[name] = subsample(v, quantizer, OPTIMUM_VALUES)
 
-    def _rate(self, name: str, device: torch.device) -> Tensor:
-        """The mean rate of oscillation, ``(1,)``; -1 where it is not followed."""
-        tracked = None if self.tracker is None else self.tracker.oscillation.get(name)
-        if tracked is None:
-            return torch.full((1,), -1.0, dtype=torch.float32, device=device)
-        return tracked.rate.mean()[None]
+    def _rates(self, name: str, device: torch.device) -> Tensor:
+        """The mean rate of oscillation and the share that is frozen, ``(2,)``; -1 where they are not followed."""
+        none = torch.full((), -1.0, dtype=torch.float32, device=device)
+        if self.tracker is None or name not in self.tracker.oscillation:
+            return torch.stack((none, none))
+        rate, frozen = self.tracker.oscillation[name].rate.mean(), self.tracker.frozen.get(name)
+        return torch.stack((rate, none if frozen is None else (frozen >= 0).float().mean()))
 
     def _to_optimal(self, device: torch.device) -> Tensor:
         """Steps relative to the optimal ones on this rank's values, and 1; zeros where it was not measured."""
@@ -219,9 +220,9 @@ def _state(quantizer: Quantizer) -> Tensor:
     return torch.stack((step.mean(), (step / quantizer.initial_step).mean(), offset.mean()))
 
 
-def channels(count: int, most: int = 16) -> Tensor:
+def channels(count: int) -> Tensor:
     """At most 16 channels, evenly spread."""
-    return torch.linspace(0, count - 1, min(count, most), dtype=torch.float64).round().long()
+    return torch.linspace(0, count - 1, min(count, 16), dtype=torch.float64).round().long()
 
 
 def subsample(x: Tensor, quantizer: Quantizer, most: int = VALUES) -> Tensor:

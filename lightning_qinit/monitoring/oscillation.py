@@ -102,12 +102,6 @@ class Tracker:
             if quantizer.active:
                 yield name, quantizer, layer.weights()[what], _parameters(layer)[what]
 
-    def share_frozen(self, name: str) -> float | None:
-        """The share of a weight's elements that are frozen; ``None`` if nothing is ever frozen."""
-        if self.freeze_above is None:
-            return None
-        return float((self.frozen[name] >= 0).float().mean()) if name in self.frozen else 0.0
-
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, so that a resumed run goes on as it would have."""
         tracked = {name: {**vars(oscillation)} for name, oscillation in self.oscillation.items()}
@@ -138,6 +132,11 @@ def check_movable(layers: Mapping[str, QuantizedLayer]) -> None:
     """
     values = torch.tensor([1.0, 2.0, 4.0])
     for name, layer in layers.items():
+        if any(hasattr(p, "full_tensor") for p in _parameters(layer).values()):
+            raise MisconfigurationException(
+                "`damp_oscillation` and `freeze_oscillating` compare a weight with its steps value by value, but the "
+                f"strategy shards the weight of layer {name!r}: use one that does not."
+            )
         if not all(isinstance(p, nn.Parameter) for p in _parameters(layer).values()):
             raise MisconfigurationException(
                 "`damp_oscillation` and `freeze_oscillating` move weights to levels of their quantizer, but a hook "

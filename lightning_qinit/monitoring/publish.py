@@ -1,23 +1,22 @@
 """Bring what was measured to where a user looks: terminal, files, loggers."""
 
+import os
 from collections.abc import Sequence
-from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from tqdm.auto import tqdm
 
-from lightning_qinit._trainer import is_a, uses_rich
+from lightning_qinit._trainer import is_a, restores_late, uses_rich
 from lightning_qinit.calibration import Observation, Start
 from lightning_qinit.calibration.data import CalibrationData
 from lightning_qinit.functional.sample import Sample
 from lightning_qinit.initializers import Initial
 from lightning_qinit.insertion import named_quantizers, quantized_layers
 from lightning_qinit.monitoring import tensorboard
-from lightning_qinit.monitoring.figures import draw, sample_for_figure
+from lightning_qinit.monitoring.figures import draw, enough
 from lightning_qinit.monitoring.monitor import Monitor, channels, subsample
 from lightning_qinit.monitoring.report import (
     ReportRow,
@@ -61,17 +60,17 @@ def publish_report(
             logger.experiment.log_text(logger.run_id, markdown_report(rows), "quantization.md")
 
 
-def _log_folder(trainer: Trainer) -> Path | None:
+def _log_folder(trainer: Trainer) -> str | None:
     """Where the run's logs are, as ``ModelCheckpoint`` sees it; ``None`` without a logger that has a folder.
 
     (``trainer.log_dir`` is one folder for all runs with some loggers, and every rank would have to ask for it.)
     """
     for logger in trainer.loggers:
         if (own := getattr(logger, "log_dir", None)) is not None:
-            return Path(own)
+            return str(own)
         if logger.save_dir is not None:
             version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-            return Path(logger.save_dir) / str(logger.name) / version
+            return os.path.join(logger.save_dir, str(logger.name), version)
     return None
 
 
@@ -113,7 +112,8 @@ def publish_end_figures(
 
 
 def _figure_writers(trainer: Trainer, names: Sequence[str]) -> list[Any]:
-    found = tensorboard.writers(trainer) if names and trainer.is_global_zero else []
+    # a strategy that shards weights gathers them on all ranks or on none
+    found = [] if not names or restores_late(trainer) else tensorboard.writers(trainer)
     if found and find_spec("matplotlib") is None:
         rank_zero_warn("No figures of quantizers are drawn, since Matplotlib is not installed (`log_figures=0`: none).")
         return []
@@ -121,8 +121,4 @@ def _figure_writers(trainer: Trainer, names: Sequence[str]) -> list[Any]:
 
 
 def _add_figure(writers: list[Any], tag: str, sample: Sample, levels: Any, chosen: Initial, step: int) -> None:
-    few = sample_for_figure(sample)
-    if len(few.values) < len(sample.values):
-        index = channels(len(sample.values)).to(chosen.step.device)
-        chosen = Initial(chosen.step[index], None if chosen.offset is None else chosen.offset[index])
-    tensorboard.add_figure(writers, tag, partial(draw, tag.partition("/")[2], few, levels, chosen), step)
+    tensorboard.add_figure(writers, tag, lambda: draw(tag.partition("/")[2], *enough(sample, chosen), levels), step)

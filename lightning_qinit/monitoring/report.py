@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+
 from lightning_qinit.calibration import Start
 
 SHOWN = ("minmax", "lsq")
@@ -135,17 +137,18 @@ def rich_report(rows: Sequence[ReportRow]) -> Any:
 
 
 def write_report(rows: Sequence[ReportRow], folder: str | Path) -> None:
-    """Write the rows as ``quantization.csv`` and ``quantization.json``."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the rows as ``quantization.csv`` and ``quantization.json``, to any folder that fsspec knows."""
+    files, path = url_to_fs(str(folder))
+    files.makedirs(path, exist_ok=True)
     plain = [{**asdict(row), "sqnr_db": row.sqnr_db if row.error > 0 else None} for row in rows]
-    (folder / "quantization.json").write_text(json.dumps(plain, indent=1))
+    with files.open(f"{path}/quantization.json", "w") as file:
+        json.dump(plain, file, indent=1)
     flat = []
     for row in plain:
         alternatives = row.pop("alternatives")
         flat.append({**row, **{f"error of {name}": value for name, value in alternatives.items()}})
     columns = list(dict.fromkeys(key for row in flat for key in row))
-    with open(folder / "quantization.csv", "w", newline="") as file:
+    with files.open(f"{path}/quantization.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(flat)

@@ -25,11 +25,11 @@ def add_layout(writers: Sequence[Any], monitor: Monitor) -> None:
     """One chart per quantity over all quantizers, under Custom Scalars."""
     offsets = any(quantizer.has_offset for quantizer in monitor.quantizers.values())
     shown = [PREFIXES[quantity] for quantity in monitor.quantities if quantity != "offset" or offsets]
-    layout = {
-        "weights": {prefix: ["Multiline", [rf"{prefix}/.*weight.*"]] for prefix in shown},
-        "inputs": {prefix: ["Multiline", [rf"{prefix}/.*\.(input|query|key|value)"]] for prefix in shown},
-        "all": {"mean and worst error": ["Multiline", ["quant_error/mean", "quant_error/max"]]},
-    }
+    layout = {"all": {"mean and worst error": ["Multiline", ["quant_error/mean", "quant_error/max"]]}}
+    for role in ("weights", "inputs"):
+        held = [name for name, q in monitor.quantizers.items() if (q.batch_axis is None) == (role == "weights")]
+        if ends := "|".join(sorted({name.rpartition(".")[2] for name in held})):
+            layout[role] = {prefix: ["Multiline", [rf"{prefix}/.*\.({ends})"]] for prefix in shown}
     for writer in writers:
         writer.add_custom_scalars(layout)
 

@@ -48,7 +48,6 @@ class Quantizer(nn.Module, ABC):
         channels: number of steps: one, or one per channel.
         channel_axis: the axis of the values along which the channels run; ``None`` for one step.
         batch_axis: the axis that runs over samples; ``None`` for values that are not a batch (weights).
-        signed: whether the levels reach below zero, until calibration decides.
         device: where the state lives.
     """
 
@@ -80,7 +79,6 @@ class Quantizer(nn.Module, ABC):
         channels: int = 1,
         channel_axis: int | None = None,
         batch_axis: int | None = None,
-        signed: bool = True,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -89,7 +87,7 @@ class Quantizer(nn.Module, ABC):
         self.kernels: Kernels = "auto"
         self.kept = KeptWeight()
         self.watch: Callable[[Quantizer, Tensor, Tensor], None] | None = None
-        self._settings = (bool(signed), int(bits))
+        self._first_bits = int(bits)
         self.relative_step = nn.Parameter(torch.empty(channels, dtype=torch.float32, device=device))
         self.register_parameter(
             "relative_offset", nn.Parameter(torch.empty_like(self.relative_step)) if self.has_offset else None
@@ -107,7 +105,6 @@ class Quantizer(nn.Module, ABC):
 
     def reset_parameters(self) -> None:
         """Back to before calibration: step 1, offset 0, identity. Also how meta tensors are materialized."""
-        signed, bits = self._settings
         with torch.no_grad():
             for offset in (self.relative_offset, self.initial_offset):
                 if offset is not None:
@@ -115,9 +112,9 @@ class Quantizer(nn.Module, ABC):
             self.relative_step.fill_(1.0)
             self.initial_step.fill_(1.0)
             self.calibrated.fill_(False)
-            self.signed.fill_(signed)
-            self.bits.fill_(bits)
-        self._remember(False, signed, bits)
+            self.signed.fill_(True)
+            self.bits.fill_(self._first_bits)
+        self._remember(False, True, self._first_bits)
 
     def _remember(self, calibrated: bool, signed: bool, bits: int) -> None:
         """Python twins of the buffers: forward must not read tensors, which would synchronize with the device."""
@@ -173,7 +170,7 @@ class Quantizer(nn.Module, ABC):
         levels = Levels(points, float(self.low), float(self.high), self.uniform)
         constants = self.learns_rounding, self.gradient_scale(elements), dtype, self.kernels
         how = Rounding(scale, offset, levels, *constants, units)
-        return self.kept.known(x, how, self.relative_step, self.initial_step)
+        return self.kept.known(x, how, self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "watch": None}
@@ -300,7 +297,9 @@ class Quantizer(nn.Module, ABC):
     ) -> None:
         if not any(key.startswith(prefix) for key in state_dict):
             return  # a checkpoint of the float module: nothing to load, nothing missing
-        own = self.state_dict()
+        # not by `state_dict()`, which writes to buffers: what is loaded may lie in them, as after a distributed load
+        held = {**self._parameters, **self._buffers}
+        own = [name for name, t in held.items() if t is not None and name not in self._non_persistent_buffers_set]
         if missing := [name for name in own if prefix + name not in state_dict]:
             error_msgs.append(  # raised by torch, also where loading is not strict
                 f"The quantizer {prefix[:-1]!r} has {shorten(missing)} missing in the state that is loaded, and would "

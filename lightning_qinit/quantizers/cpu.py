@@ -82,7 +82,7 @@ def _without_gaps(x: Tensor) -> Tensor:
     """The values, copied if there are gaps between them in memory; the order of axes is left alone."""
     if x.is_contiguous() or x.permute(sorted(range(x.dim()), key=lambda axis: -x.stride()[axis])).is_contiguous():
         return x
-    return x.contiguous()
+    return torch.empty_like(x).copy_(x)
 
 
 def laid_out(x: Tensor, to: torch.memory_format, scratch: Scratch | None) -> Tensor:

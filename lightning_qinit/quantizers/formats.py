@@ -11,8 +11,13 @@ FIRST, LAST = torch.contiguous_format, torch.channels_last
 
 
 def is_last(x: Tensor) -> bool:
-    """Whether images have their channels last; those of one channel or one pixel have them first as well."""
-    return x.dim() == 4 and x.is_contiguous(memory_format=LAST)
+    """Whether images have their channels last; those of one channel or one pixel have them first as well.
+
+    Of images with gaps between their values it tells how a result of theirs would lie.
+    """
+    if x.dim() != 4 or x.is_contiguous():
+        return x.dim() == 4 and x.is_contiguous(memory_format=LAST)
+    return torch.empty_like(x, device="meta").is_contiguous(memory_format=LAST)
 
 
 def laid_out(x: Tensor, to: torch.memory_format, kernels: Kernels, scratch: Scratch | None = None) -> Tensor:

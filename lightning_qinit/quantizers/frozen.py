@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lightning_qinit.quantizers.base import Quantizer, ordinary_path
 from lightning_qinit.quantizers.chain import Levels, forward
+from lightning_qinit.quantizers.kernels import is_recorded
 
 
 class FrozenQuantizer(nn.Module):
@@ -51,7 +52,10 @@ class FrozenQuantizer(nn.Module):
         dtype = dtype or x.dtype
         if self.uniform and self.offset is None and x.dtype == torch.float32:
             low, high = int(self.levels[0]), int(self.levels[-1])
-            return torch.fake_quantize_per_tensor_affine(x, self.scale, 0, low, high).to(dtype)
+            y = torch.fake_quantize_per_tensor_affine(x, self.scale, 0, low, high)
+            if not is_recorded():  # the operator makes a level of NaN, as integers do that an export stands for
+                y = torch.where(x.isnan(), x, y)
+            return y.to(dtype)
         wide = torch.promote_types(x.dtype, torch.float32)
 
         def constant(value: Any) -> Tensor:

@@ -27,17 +27,17 @@ class KeptWeight:
         """Forget the weight that is kept, and from here on keep the next, or do not."""
         self.on, self._last = on, ()
 
-    def known(self, x: Tensor, how: Rounding, *steps: Tensor) -> Rounding:
+    def known(self, x: Tensor, how: Rounding, quantizer: nn.Module) -> Rounding:
         """How to round a weight, with the result if it is known.
 
         Args:
             x: the weight; values that are no parameter are not kept.
             how: the rounding.
-            steps: what the step is computed from.
+            quantizer: whose parameters and buffers step and offset are computed from.
         """
         if not self.on or not isinstance(x, nn.Parameter) or torch.compiler.is_compiling():
             return how
-        tensors = x, *steps
+        tensors = x, *quantizer.parameters(), *quantizer.buffers()
         if any(tensor.is_inference() for tensor in tensors):  # which count no changes
             return how
         seen = *(t._version for t in tensors), x.data_ptr(), *map(_probe, tensors)

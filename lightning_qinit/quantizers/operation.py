@@ -100,8 +100,10 @@ class Convolution(NamedTuple):  # torch.compile knows named tuples, where a clas
 
     def fastest(self, x: Tensor) -> torch.memory_format:
         # What oneDNN is given with channels first it lays out anew for each use: input, output, the gradients to both.
+        # (Not with dilation: in bfloat16 it finds a wrong gradient to the weight then.)
         large = x.dim() == 4 and x.shape[1] >= MANY and x.numel() >= LARGE
-        if x.is_cpu and large and not self.transposed and torch.backends.mkldnn.is_available():
+        plain = not self.transposed and all(step == 1 for step in self.dilation)
+        if x.is_cpu and large and plain and torch.backends.mkldnn.is_available():
             return torch.channels_last
         return torch.preserve_format
 

@@ -8,6 +8,7 @@ import torch
 from conftest import SmallNet, loader, quantizers, quiet, small_data
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     BaseFinetuning,
     BatchSizeFinder,
     EarlyStopping,
@@ -19,9 +20,11 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
+from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_qinit import load_from_checkpoint
+from lightning_qinit.insertion import quantized_layers
 
 AVERAGING = {
     "WeightAveraging": lambda: WeightAveraging(),
@@ -183,6 +186,31 @@ def test_finetuning(make_trainer, tmp_path) -> None:
     assert resumed.current_epoch == 3
     with pytest.raises(MisconfigurationException, match="put QuantInitCallback after Unfreeze in"):
         make_trainer(quiet(), Unfreeze()).fit(Filtered(), loader())
+
+
+def test_the_backbone_gets_the_rates_that_its_callback_sets(make_trainer) -> None:
+    class Parts(SmallNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = nn.Sequential(self.stem, self.body)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], 0.01)
+
+    class Rates(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Parts) -> None:
+            rate_of = {id(p): group["lr"] for group in trainer.optimizers[0].param_groups for p in group["params"]}
+            rates.append([rate_of.get(id(p)) for p in (pl_module.stem.weight, pl_module.head.weight)])
+            if quantized_layers(pl_module):
+                steps = pl_module.stem.weight_quantizer, pl_module.head.weight_quantizer
+                assert [rate_of.get(id(q.relative_step)) for q in steps] == rates[-1]
+
+    found = []
+    for ours in ([], [quiet()]):
+        rates: list[list[float | None]] = []
+        make_trainer(BackboneFinetuning(1), *ours, Rates(), max_epochs=5).fit(Parts(), loader())
+        found.append(rates)
+    assert found[0] == found[1] and len({of_backbone for of_backbone, _ in rates}) == 5
 
 
 def test_early_stopping_and_checkpoints_on_a_quantization_metric(make_trainer, tmp_path) -> None:

@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 
 import lightning_qinit
 from lightning_qinit import Sample, load_from_checkpoint, prepare
+from lightning_qinit.export import load_integers
 from lightning_qinit.insertion import named_quantizers, quantized_layers
 
 KINDS = [
@@ -92,6 +94,49 @@ def test_weights_alone_need_the_settings(make_trainer, tmp_path) -> None:
     through_trainer = SmallNet()
     make_trainer(quiet(weight_bits=2)).test(through_trainer, loader(shuffle=False), ckpt_path=path, verbose=False)
     assert same_outputs(by_hand, model) and same_outputs(through_trainer, model)
+
+
+def test_a_module_that_restores_is_tested_from_weights_alone(make_trainer, tmp_path) -> None:
+    class Restoring(SmallNet):
+        def on_load_checkpoint(self, checkpoint: dict) -> None:
+            lightning_qinit.restore(self, checkpoint)
+
+    keep, path = ModelCheckpoint(tmp_path, save_weights_only=True), tmp_path / "model.safetensors"
+    trainer = make_trainer(quiet(export=path), keep, enable_checkpointing=True, max_steps=3)
+    trainer.fit(Restoring(), loader())
+    after_fit = trainer.test(trainer.model, loader(shuffle=False), verbose=False)
+    assert trainer.test(trainer.model, loader(shuffle=False), ckpt_path="best", verbose=False) == after_fit
+    assert path.exists()
+
+
+def test_a_state_without_some_quantizers_is_announced(make_trainer, tmp_path) -> None:
+    """As of a module that leaves a frozen part out of its checkpoints."""
+
+    class Partial(SmallNet):
+        strict_loading = False
+
+        def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            return {key: value for key, value in super().state_dict(*args, **kwargs).items() if "stem" not in key}
+
+    path, missing = tmp_path / "partial.ckpt", "no state of stem.weight_quantizer, stem.input_quantizer, which stay in"
+    model = trained(make_trainer, path, Partial())
+    trainer = make_trainer(quiet())
+    trainer.test(model, loader(shuffle=False), ckpt_path=path, verbose=False)  # which has them
+    with pytest.warns(UserWarning, match=missing):
+        make_trainer(quiet()).test(Partial(), loader(shuffle=False), ckpt_path=path, verbose=False)
+    with pytest.warns(UserWarning, match=missing):
+        make_trainer(quiet(), max_epochs=2).fit(Partial(), loader(), ckpt_path=path)
+    with pytest.warns(UserWarning) as warned:
+        lightning_qinit.load_from_checkpoint(Partial, path)
+    assert any(missing in str(warning.message) for warning in warned)
+
+
+def test_the_best_checkpoint_may_be_anywhere(make_trainer, tmp_path) -> None:
+    keep, path = ModelCheckpoint("memory://checkpoints"), tmp_path / "model.safetensors"
+    model = SmallNet()
+    make_trainer(quiet(export=path), keep, enable_checkpointing=True, max_steps=3).fit(model, loader())
+    assert keep.best_model_path.startswith("memory://")
+    assert same_outputs(load_integers(SmallNet(), path), model)
 
 
 def test_the_fitted_module_can_be_tested_from_its_checkpoint(make_trainer, tmp_path) -> None:

@@ -108,6 +108,50 @@ class Counts(pl.LightningDataModule):
         return DataLoader(Subset(small_data(), self.order[self.calls :]), 8)
 
 
+class Drawn(IterableDataset):
+    """Draws the order from a generator of its own as soon as it is asked for an iterator."""
+
+    def __init__(self, items: Any) -> None:
+        self.items, self.generator = items, torch.Generator().manual_seed(5)
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        return iter([self.items[i] for i in torch.randperm(len(self.items), generator=self.generator).tolist()])
+
+
+class Epochs:
+    """A loader, but none of torch's, that counts how often it was read."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        self.epoch += 1
+        return iter([[x * self.epoch, y] for x, y in loader(shuffle=False)])
+
+
+class Augmented(pl.LightningDataModule):
+    """Draws from a generator of its own: which samples there are, and what is added to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(5)
+
+    def train_dataloader(self) -> DataLoader:
+        some = torch.randperm(32, generator=self.generator)[:24].tolist()
+        return DataLoader(Subset(small_data(), some), 8)
+
+    def on_after_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> list[Tensor]:
+        return [batch[0] + torch.rand(1, generator=self.generator), batch[1]]
+
+
+class OfWorkers(IterableDataset):
+    """Which cannot be read but in a worker."""
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        info = torch.utils.data.get_worker_info()
+        return iter([small_data()[i] for i in range(info.id, 32, info.num_workers)])
+
+
 SOURCES: dict[str, Callable[[], Any]] = {
     "shuffled": loader,
     "own generator": with_generator,
@@ -123,6 +167,11 @@ SOURCES: dict[str, Callable[[], Any]] = {
     "in batches": lambda: DataLoader(small_data(), batch_sampler=BatchSampler(Shuffled(), 8, False)),
     "shards shuffled in place": lambda: DataLoader(Shards(), 8),
     "datamodule that counts": Counts,
+    "generator of a dataset": lambda: DataLoader(Drawn(small_data()), 8),
+    "generator of a loader": lambda: Drawn(list(loader(shuffle=False))),
+    "loader that counts": Epochs,
+    "datamodule with a generator": Augmented,
+    "in workers alone": lambda: DataLoader(OfWorkers(), 8, num_workers=2),
     "combined": lambda: CombinedLoader({"a": loader(), "b": loader(16)}, "min_size"),
 }
 

@@ -7,6 +7,7 @@ sharding, through `ModelParallelStrategy`, and restoring after `on_fit_start`, t
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -73,6 +74,8 @@ def test_spawned_processes_train_a_module_that_was_prepared_and_no_other(tmp_pat
 
 
 SHARDED = """
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -84,8 +87,10 @@ class Sharded(SmallNet):
             fully_shard(part, mesh=mesh)
 
 torch.manual_seed(0)
-strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-run = trainer(strategy, max_epochs=2, gradient_clip_val=1.0)
+def strategy():
+    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+
+run = trainer(strategy(), max_epochs=2, gradient_clip_val=1.0, logger=TensorBoardLogger(folder), log_every_n_steps=1)
 model = Sharded()
 run.fit(model, loader(batch_size=8, shuffle=False))
 steps = {}
@@ -95,12 +100,25 @@ for name, quantizer in named_quantizers(quantized_layers(model)).items():
 torch.save(steps, f"{folder}/sharded.{run.global_rank}.pt")
 if run.global_rank == 0:
     torch.save(run.callbacks[0].report, folder + "/report.pt")
+run.save_checkpoint(folder + "/two.ckpt")
+again, fresh = trainer(strategy(), max_epochs=2), Sharded()
+again.fit(fresh, loader(batch_size=8, shuffle=False), ckpt_path=folder + "/two.ckpt")
+assert again.callbacks[0].report == []
+for name, quantizer in named_quantizers(quantized_layers(fresh)).items():
+    assert quantizer.is_calibrated and torch.equal(quantizer.step.detach(), steps[name][2]), name
+try:
+    callback = QuantInitCallback(damp_oscillation=1.0, print_report=False)
+    trainer(strategy(), callbacks=[callback]).fit(Sharded(), loader())
+except MisconfigurationException as error:
+    if run.global_rank == 0:
+        print(error)
 """
 
 
 def test_sharded_parameters(tmp_path: Path) -> None:
     done = run(tmp_path, SHARDED)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "the strategy shards the weight of layer 'stem': use one that does not" in done.stdout
     first, second = (torch.load(tmp_path / f"sharded.{rank}.pt") for rank in (0, 1))
     assert len(first) == len(torch.load(tmp_path / "report.pt", weights_only=False)) == 8
     torch.manual_seed(0)
@@ -128,6 +146,14 @@ class LateRestore(SingleDeviceStrategy):
     @property
     def restore_checkpoint_after_setup(self) -> bool:
         return True
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        checkpoint = super().load_checkpoint(*args, **kwargs)
+        self.lightning_module.load_state_dict(checkpoint.pop("state_dict"))
+        return checkpoint
+
+    def load_model_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        pass  # loaded by now
 
 
 def test_strategies_that_restore_late_do_not_calibrate_again(make_trainer, tmp_path: Path) -> None:

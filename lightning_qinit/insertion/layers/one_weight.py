@@ -39,7 +39,7 @@ class OneWeight(QuantizedLayer):
         """
         device = x.device.type
         dtype = None
-        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        if not x.is_meta and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
         bias = self.bias if self.bias is None or dtype is None else self.bias.to(dtype)
         if operation is not None and not is_recorded() and type(x) is Tensor and x.numel():
