@@ -69,9 +69,10 @@ class QuantInitCallback(Callback):
         trainer = Trainer(callbacks=[QuantInitCallback(weight_bits=4, activation_bits=4)])
 
     Until they are calibrated, quantizers are the identity. Calibration runs ``training_step`` (or
-    ``calibration_step(batch, batch_idx)``, if the module defines it) without gradients, in eval mode and without a
-    trace: weights, buffers, metrics, random states, loggers and the order of batches are as if it had not run. A
-    run that resumes from a checkpoint with calibrated quantizers is not calibrated again.
+    ``calibration_step(batch, batch_idx)``, if the module defines it) in eval mode, without gradients unless
+    ``criterion`` is ``"fisher"``, and without a trace: weights, buffers, metrics, random states, loggers and the order
+    of batches are as if it had not run. A run that resumes from a checkpoint with
+    calibrated quantizers is not calibrated again.
 
     Args:
         weight_bits: 1 to 8, or ``None`` to leave weights in float.

@@ -42,7 +42,7 @@ def with_known_initializers(settings: Mapping[str, Any]) -> dict[str, Any]:
         try:
             if choice is not None:
                 initializer_function(choice)
-        except ValueError:
+        except (ValueError, ImportError):
             return "optimal"
         return choice
 
@@ -72,11 +72,13 @@ def plain_form(value: Any) -> Any:
 
 
 def _import(path: str) -> Any:
-    """The object at an import path, or ``None`` if there is none."""
+    """The object at an import path, or ``None`` if there is none; what its module fails to import is raised."""
     module, _, attribute = path.rpartition(".")
     if not module:
         return None
     try:
         return getattr(import_module(module), attribute, None)
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise
         return None

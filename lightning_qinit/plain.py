@@ -68,8 +68,8 @@ def calibrate(
 ) -> list[ReportRow]:
     """Start the steps of a prepared module at the least error on some batches.
 
-    The module runs in eval mode and without gradients (BatchNorm layers that were never trained use the statistics of
-    the batch); its parameters, buffers and attributes are put back.
+    The module runs in eval mode, without gradients unless ``criterion`` is ``"fisher"`` (BatchNorm layers that were
+    never trained use the statistics of the batch); its parameters, buffers and attributes are put back.
 
     Args:
         module: a module that went through :func:`prepare`.

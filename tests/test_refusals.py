@@ -100,6 +100,16 @@ class TestBadInput:
         assert not any(q.is_calibrated for q in quantizers(model).values())
 
 
+def test_what_a_module_of_ones_own_lacks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_rules.py").write_text("import not_installed\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="not_installed"):
+        QuantInitCallback(initializer="my_rules.rule")
+    for missing in ("my_other_rules.rule", "lightning_qinit.none.rule", "lightning_qinit.none"):
+        with pytest.raises(ValueError, match="`initializer` must be one of"):
+            QuantInitCallback(initializer=missing)
+
+
 def test_other_settings_for_a_quantized_module_are_refused(make_trainer) -> None:
     model = SmallNet()
     make_trainer(quiet(), max_steps=1).fit(model, loader())

@@ -7,7 +7,7 @@ import numpy as np
 MOST = 2**30  # of a bias in units of both steps: runtimes store it as a 32-bit integer
 
 
-def fold_batchnorm(model: Any) -> None:
+def fold_into_steps(model: Any) -> None:
     """Fold BatchNormalization into the steps and the bias of convolutions of 8-bit codes, in place.
 
     The codes stay: ``(w * codes) * x`` followed by ``g * (. - m) + b`` is a convolution of the same codes with the step

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qinit.export.batchnorm import fold_batchnorm
+from lightning_qinit.export.batchnorm import fold_into_steps
 from lightning_qinit.export.codes import weight_codes
 from lightning_qinit.export.fold import check_foldable, frozen_inputs
 from lightning_qinit.export.operators import IntegerInput, IntegerWeight, narrow_weights, translations
@@ -86,7 +86,7 @@ def export_onnx(
         program: Any = torch.onnx.export(exported, args, kwargs=kwargs, dynamo=True, **settings)
     narrow_weights(program.model)
     if batchnorm:
-        fold_batchnorm(program.model)
+        fold_into_steps(program.model)
     initializers = program.model.graph.initializers
     for name in [name for name, value in initializers.items() if not value.uses()]:
         del initializers[name]

@@ -51,8 +51,9 @@ def optimal_scale(
     among those met. One sort of the breakpoints and two cumulative sums find it.
 
     Where there are many breakpoints (points times levels), the optimum is first enclosed in a bracket, on cells
-    of similar points, and then solved inside it. The bracket is proven to hold the optimum (the bounds are in
-    ``lightning_qinit.functional.bracket``), so the answer is exact for tensors of any size.
+    of similar points or, of few points, on a grid of steps, and then solved inside it. The bracket is proven to hold
+    the optimum (the bounds are in ``lightning_qinit.functional.bracket`` and ``.chords``), so the answer is exact
+    for tensors of any size.
 
     Args:
         x: any real tensor; computed in float64.

@@ -13,7 +13,7 @@ def require(holds: bool, rule: str, needs: str, levels: Tensor) -> None:
 
 
 def require_uniform(rule: str, levels: Tensor) -> None:
-    """Raise ``ValueError`` unless the levels are consecutive integers."""
+    """Raise ``ValueError`` unless the levels are evenly spaced, as integers or as -1 and 1 are."""
     require(is_uniform(levels), rule, "uniform levels", levels)
 
 
