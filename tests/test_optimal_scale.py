@@ -224,7 +224,7 @@ def test_the_unit_of_the_weights_does_not_matter(bits: int) -> None:
     x, weights = torch.randn(8, 600) / torch.randn(8, 600), torch.rand(8, 600, dtype=torch.float64)
     levels = uniform_levels(bits, signed=True)
     fit = optimal_scale(x, levels, 0, weights)
-    for unit in (2.0**-126, 2.0**-133, 2.0**-140, 2.0**-149, 2.0**200):  # some are beyond float32
+    for unit in (2.0**-126, 2.0**-133, 2.0**-140, 2.0**-149, 2.0**200, 2.0**-550, 2.0**540):  # some beyond float32
         same = optimal_scale(x, levels, 0, weights * unit)
         assert torch.equal(same.scale, fit.scale) and torch.equal(same.error, fit.error * unit)
 

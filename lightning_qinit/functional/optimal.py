@@ -120,6 +120,9 @@ def _solve(rows: Rows, levels: Tensor) -> tuple[Tensor, ...]:
     low, high = x.amin(1), x.amax(1)
     exponent = torch.frexp(torch.maximum(-low, high)).exponent.clamp(min=-1000)  # its inverse must be a number
     unit = rows._replace(x=x * torch.ldexp(x.new_ones(len(x)), -exponent)[:, None])  # exact, and keeps squares in range
+    if rows.mean is None and not alike(rows.w):  # and so do weights
+        most = torch.frexp(rows.w.amax(1)).exponent.clamp(min=-1000)
+        unit = unit._replace(w=rows.w * torch.ldexp(x.new_ones(len(x)), -most)[:, None])
     bracket = outer_bracket(unit.x, levels)
     if unit.mean is not None:
         bracket = Bracket(bracket.lower / BEYOND, bracket.upper * BEYOND)
