@@ -23,7 +23,7 @@ MODULES = {"cpu": "lightning_qinit.quantizers.cpu", "cuda": "lightning_qinit.qua
 DTYPES = {torch.float32: "float", torch.bfloat16: "BFloat16", torch.float16: "Half"}
 
 
-class Passes(Protocol):
+class KernelModule(Protocol):
     """What a module of kernels has: the functions of :mod:`~lightning_qinit.quantizers.rounding`."""
 
     def rounded(self, x: Tensor, how: "Rounding", scratch: "Scratch | None") -> Tensor: ...
@@ -48,7 +48,7 @@ def is_recorded() -> bool:
     return torch.compiler.is_compiling() or is_tracing()
 
 
-def written_for(x: Tensor, dtype: torch.dtype, kernels: Kernels) -> Passes | None:
+def written_for(x: Tensor, dtype: torch.dtype, kernels: Kernels) -> KernelModule | None:
     """The kernels for values and results of a dtype.
 
     ``None`` where the chain of operations is to run: where torch traces or differentiates the operations themselves
@@ -77,7 +77,7 @@ def written_for(x: Tensor, dtype: torch.dtype, kernels: Kernels) -> Passes | Non
 
 
 @functools.cache
-def _module(device: torch.device) -> Passes | Exception:
+def _module(device: torch.device) -> KernelModule | Exception:
     """The kernels for a device, or why they cannot be had: no compiler, no Triton, a device too old."""
     try:
         module = importlib.import_module(MODULES[device.type])
@@ -87,4 +87,4 @@ def _module(device: torch.device) -> Passes | Exception:
     except Exception as error:  # whatever it is, the chain of operations computes the same
         log.info("Quantizers do without kernels, which cannot be compiled here: %s", error)
         return error
-    return cast(Passes, module)
+    return cast(KernelModule, module)

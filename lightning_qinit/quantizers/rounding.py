@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_qinit.functional.fake_quantize import broadcast_channels
 from lightning_qinit.quantizers.chain import Levels, backward, forward, tangents
-from lightning_qinit.quantizers.kernels import Kernels, Passes, written_for
+from lightning_qinit.quantizers.kernels import Kernels, KernelModule, written_for
 from lightning_qinit.quantizers.relative import gradient, of_offset, of_step, relative
 from lightning_qinit.quantizers.scratch import Scratch
 
@@ -98,7 +98,7 @@ class Rounding(NamedTuple):
         return self._replace(scale=broadcast_channels(scale, x, axis), offset=offset, units=None)
 
 
-def _kernels(x: Tensor, how: Rounding, dtype: torch.dtype) -> Passes | None:
+def _kernels(x: Tensor, how: Rounding, dtype: torch.dtype) -> KernelModule | None:
     """Those for the values, if step, offset and levels fit: kernels do as they are told, where operations check."""
     kernels = written_for(x, dtype, how.kernels)
     return kernels if kernels is not None and how.fits(x) else None
