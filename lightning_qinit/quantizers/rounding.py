@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_qinit.functional.fake_quantize import broadcast_channels
 from lightning_qinit.quantizers.chain import Levels, backward, forward, tangents
-from lightning_qinit.quantizers.kernels import Kernels, KernelModule, written_for
+from lightning_qinit.quantizers.kernels import KernelModule, Kernels, written_for
 from lightning_qinit.quantizers.relative import gradient, of_offset, of_step, relative
 from lightning_qinit.quantizers.scratch import Scratch
 
