@@ -51,8 +51,10 @@ def is_stream(trainer: Trainer) -> bool:
 
 def _is_one_shot(loader: Any) -> bool:
     data = loader.dataset if isinstance(loader, DataLoader) else loader
-    if isinstance(loader, DataLoader) and (not isinstance(data, IterableDataset) or loader.num_workers > 0):
-        return False  # each worker reads a copy of its own
+    if isinstance(loader, DataLoader) and not isinstance(data, IterableDataset):
+        return False
+    if isinstance(loader, DataLoader) and loader.num_workers > 0:
+        return isinstance(data, Iterator)  # not asked for one here, where there is no worker
     put_back = _keep(data)
     iterator = iter(data)
     one_shot = iterator is data or iterator is iter(data)
@@ -130,8 +132,8 @@ def _keep_loaders(loaders: list[Any]) -> list[Callable[[], object]]:
             ordering.append(dataset)
         if not isinstance(loader, DataLoader):
             ordering.append(loader)
-        put_back += _keep(*ordering)
-        put_back += map(keep_generator, generators_in(loader, dataset))
+        put_back += map(_keep_attributes, ordering)
+        put_back += map(keep_generator, generators_in(loader, *ordering, dataset))
         if callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None)):
             put_back.append(partial(loader.load_state_dict, copy.deepcopy(loader.state_dict())))
     return put_back
@@ -243,13 +245,19 @@ def uses_rich(trainer: Trainer) -> bool:
 def clip_within(trainer: Trainer, context: Callable[[Any], AbstractContextManager[None]]) -> None:
     """Have Lightning clip an optimizer's gradients inside a context, until :func:`clip_as_usual`."""
     plugin = trainer.precision_plugin
-    clip = plugin.clip_gradients
+    vars(plugin)["clip_gradients"] = partial(_clip, plugin.clip_gradients, context)
 
-    def clip_gradients(optimizer: Any, clip_val: float = 0.0, *args: Any, **kwargs: Any) -> None:
-        with context(optimizer) if clip_val > 0 else nullcontext():
-            clip(optimizer, clip_val, *args, **kwargs)
 
-    vars(plugin)["clip_gradients"] = clip_gradients
+def _clip(
+    clip: Callable[..., None],
+    context: Callable[[Any], AbstractContextManager[None]],
+    optimizer: Any,
+    clip_val: float = 0.0,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    with context(optimizer) if clip_val > 0 else nullcontext():
+        clip(optimizer, clip_val, *args, **kwargs)
 
 
 def clip_as_usual(trainer: Trainer) -> None:

@@ -21,6 +21,7 @@ from lightning_qinit.checkpoint import STATE_KEY
 from lightning_qinit.checks import check, check_whole, is_number, shorten
 from lightning_qinit.config import LayerConfig, QuantConfig, plain
 from lightning_qinit.export.best import check_calibrated, check_can_export, check_path, export_best
+from lightning_qinit.graph import reached_by
 from lightning_qinit.guards import (
     check_before_loading,
     check_copies,
@@ -71,8 +72,8 @@ class QuantInitCallback(Callback):
     Until they are calibrated, quantizers are the identity. Calibration runs ``training_step`` (or
     ``calibration_step(batch, batch_idx)``, if the module defines it) in eval mode, without gradients unless
     ``criterion`` is ``"fisher"``, and without a trace: weights, buffers, metrics, random states, loggers and the order
-    of batches are as if it had not run. A run that resumes from a checkpoint with
-    calibrated quantizers is not calibrated again.
+    of batches are as if it had not run. A run that resumes from a checkpoint with calibrated quantizers is not
+    calibrated again.
 
     Args:
         weight_bits: 1 to 8, or ``None`` to leave weights in float.
@@ -253,7 +254,7 @@ class QuantInitCallback(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the optimizers and calibrate: the module is on its device, and a checkpoint has been loaded."""
+        """Check the optimizers, and calibrate if all weights are there: the module is on its device."""
         untrained = self._settle_optimizers(trainer, pl_module)
         quantizers = list(named_quantizers(quantized_layers(pl_module)).values())
         if self.damp_oscillation or self.freeze_oscillating is not None:
@@ -266,7 +267,7 @@ class QuantInitCallback(Callback):
             rank_zero_warn(
                 f"No optimizer trains {shorten(untrained)}, so the steps of these layers stay as calibrated."
             )
-        if not _trainer.overrides(pl_module, "on_fit_start"):
+        if not _trainer.overrides(pl_module, "on_fit_start"):  # which comes after this one, and may load weights
             self._calibrate(trainer, pl_module)
 
     @override
@@ -317,9 +318,10 @@ class QuantInitCallback(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Give steps that are not in use a gradient of zero where DDP waits for one from every parameter."""
         if _trainer.needs_every_gradient(trainer):
-            idle = [p.sum() for q in self._quantizers if not q.is_calibrated for p in q.parameters()]
-            if idle:
-                (0 * torch.stack(idle).sum()).backward()
+            idle = [p for q in self._quantizers if not q.is_calibrated for p in q.parameters() if p.requires_grad]
+            reached = reached_by(loss) if idle else set()  # a module may see to it itself
+            if unreached := [p.sum() for p in idle if id(p) not in reached]:
+                (0 * torch.stack(unreached).sum()).backward()
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -360,7 +362,8 @@ class QuantInitCallback(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export the best checkpoint, if asked to: all have been written by now."""
-        if self._waits:  # for a training that never began: what failed before the first step fails for good
+        self._calibrate(trainer, pl_module)  # for a training that never began
+        if self._waits:  # what failed before the first step fails for good
             self._waits = ""
             self._start(trainer, pl_module)
         if self.export is not None and trainer.is_global_zero and not _trainer.is_dry_run(trainer):

@@ -44,12 +44,12 @@ def restore(module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
     settings = saved_settings(checkpoint)
     if settings is not None:
         insert(module, QuantConfig.from_plain(settings))
-        warn_of_missing(module, state)
     elif has_quantizers(state) and not quantized_layers(module):
         raise ValueError(
             "The checkpoint holds quantizers but not their settings, since it was saved with `save_weights_only=True`: "
             "call `lightning_qinit.prepare(module, ...)` with the settings of the run, then `load_state_dict`."
         )
+    warn_of_missing(module, state)
 
 
 def load_from_checkpoint(module_class: type[T], checkpoint_path: str | Path, **kwargs: Any) -> T:
@@ -67,8 +67,8 @@ def load_from_checkpoint(module_class: type[T], checkpoint_path: str | Path, **k
     of_class = module_class.on_load_checkpoint
 
     def on_load_checkpoint(self: T, checkpoint: dict[str, Any]) -> None:
+        of_class(self, checkpoint)  # first, since it may change the state
         restore(self, checkpoint)
-        of_class(self, checkpoint)
 
     # Lightning calls the hook between building the module and loading its weights; a subclass would be registered where
     # a module keeps a list of them

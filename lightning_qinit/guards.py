@@ -80,8 +80,8 @@ def check_before_loading(trainer: Trainer, module: LightningModule, config: Quan
                     "(`Module.load_from_checkpoint(path)`) and call `fit` without `ckpt_path`."
                 )
             fold_alike(module, state)
-            warn_of_missing(module, state)
         on_load_checkpoint(checkpoint)
+        warn_of_missing(module, checkpoint.get("state_dict", {}))  # which the module may have changed
 
     vars(check_then_load)["instead_of"] = own
     vars(module)["on_load_checkpoint"] = check_then_load

@@ -216,9 +216,11 @@ def test_deterministic_mode_is_put_back() -> None:
 
 
 def test_threads_take_turns_in_deterministic_mode() -> None:
+    seen = []
+
     @any_order()
     def worker() -> None:
-        assert not torch.are_deterministic_algorithms_enabled()
+        seen.append(torch.are_deterministic_algorithms_enabled())
 
     thread = Thread(target=worker)
     torch.use_deterministic_algorithms(True)
@@ -228,6 +230,7 @@ def test_threads_take_turns_in_deterministic_mode() -> None:
             thread.join(0.2)
             assert thread.is_alive()  # it would put back what it found: the mode of this thread's
         thread.join()
+        assert seen == [False]
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)

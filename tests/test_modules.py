@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, RandomSampler, Subset
 from torchmetrics import MeanMetric
 
-from lightning_qinit import prepare
+from lightning_qinit import calibrate, prepare
 from lightning_qinit.functional import optimal_scale
 from lightning_qinit.insertion import quantized_layers
 
@@ -39,6 +39,24 @@ def test_a_step_may_need_what_a_hook_sets_up(make_trainer, hook: str) -> None:
     make_trainer(callback).fit(model, loader())
     assert len(model.losses) == 4  # of training, and of no batch of calibration
     assert len(callback.report) == 8 and all(q.is_calibrated for q in quantizers(model).values())
+
+
+@pytest.mark.parametrize("limit", [{}, {"max_epochs": 0}], ids=["", "no training"])
+def test_the_trainer_trains_while_a_module_with_a_start_of_its_own_is_calibrated(make_trainer, limit: dict) -> None:
+    class Starts(SmallNet):
+        def on_fit_start(self) -> None:
+            pass
+
+        def on_after_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> list[Tensor]:
+            return [batch[0] * 2 if self.trainer.training else batch[0], batch[1]]  # as augmentation would
+
+    torch.manual_seed(0)
+    model, callback = Starts(), quiet()
+    x = 2 * torch.cat([batch[0] for batch, _ in zip(loader(shuffle=False), range(3), strict=False)])
+    trainer = make_trainer(callback, num_sanity_val_steps=2, **{"max_steps": 1, **limit})
+    trainer.fit(model, loader(shuffle=False), loader(shuffle=False))
+    fit = optimal_scale(x, model.stem.input_quantizer.levels)
+    assert torch.allclose(model.stem.input_quantizer.initial_step.double(), fit.scale, rtol=1e-3)
 
 
 def test_weights_that_a_module_loads_as_fit_starts_are_those_calibrated(make_trainer) -> None:
@@ -115,8 +133,8 @@ def test_calibration_leaves_no_trace_in_what_a_module_holds(make_trainer) -> Non
     assert seen == [[0.0] * 3, 1.0, [("a", 1), ("b", 2)], 0, 0.05, False, 0, 0.0, 0]
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated:FutureWarning")
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.(script|freeze).*is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.(script|freeze).*is deprecated:DeprecationWarning")
 def test_a_scripted_module_stays_in_its_mode(make_trainer) -> None:
     class Scripted(SmallNet):
         def __init__(self) -> None:
@@ -126,6 +144,43 @@ def test_a_scripted_module_stays_in_its_mode(make_trainer) -> None:
     model = Scripted()
     make_trainer(quiet(), max_steps=4).fit(model, loader())
     assert model.norm.training and int(model.norm.num_batches_tracked) == 4
+    frozen = nn.Sequential(nn.Linear(6, 5), torch.jit.freeze(torch.jit.script(nn.ReLU().eval())))  # which has no mode
+    assert len(calibrate(prepare(frozen), [torch.randn(4, 6)])) == 2
+
+
+class Run:
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def track(self, value: int) -> None:
+        self.seen.append(value)
+
+
+class Forwards(CSVLogger):
+    """A logger with a handle, to which it forwards what it does not know."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.run, self.tags = Run(), {"a", "b"}
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "run":
+            raise AttributeError(name)
+        return getattr(self.run, name)
+
+
+def test_handles_of_loggers_lead_nowhere_in_calibration(make_trainer, tmp_path: Path) -> None:
+    class Asks(SmallNet):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            self.logger.track(1)
+            self.logger.run.track(2)
+            assert "a" in self.logger.tags
+            assert [value > 1 for value in self.logger.run.seen] in ([], [False, True])
+            return super().training_step(batch, batch_idx)
+
+    logger = Forwards(tmp_path)
+    make_trainer(quiet(), logger=logger, max_steps=1).fit(Asks(), loader())
+    assert logger.run.seen == [1, 2]
 
 
 @pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])

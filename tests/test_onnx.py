@@ -213,6 +213,8 @@ def test_without_checkpoints_the_module_itself_is_exported(tmp_path: Path):
 def test_what_the_callback_could_not_export_is_said_before_training(tmp_path: Path):
     with pytest.raises(ValueError, match="`export` must be a path that ends in '.onnx' or '.safetensors', got 'm.pt'"):
         QuantInitCallback(export="m.pt")
+    with pytest.raises(ValueError, match="`export` must be a path that ends in '.onnx' or '.safetensors', got '3'"):
+        QuantInitCallback(export=3)
     path = str(tmp_path / "model.onnx")
     with pytest.raises(MisconfigurationException, match="needs `example_input_array` in SmallNet"):
         trainer(tmp_path, QuantInitCallback(export=path), max_epochs=1).fit(SmallNet(), loader())

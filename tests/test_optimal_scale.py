@@ -276,3 +276,8 @@ def test_bad_input_is_named(x: list[float], levels: list[float], weights: list[f
     given = None if weights is None else torch.tensor(weights)
     with pytest.raises(ValueError, match=message):
         optimal_scale(torch.tensor(x), torch.tensor(levels), weights=given)
+
+
+def test_an_axis_that_is_none_is_named() -> None:
+    with pytest.raises(ValueError, match="`channel_axis` must be one of the 2 axes of `x`, got 2"):
+        optimal_scale(torch.ones(2, 3), torch.tensor([0.0, 1.0]), channel_axis=2)

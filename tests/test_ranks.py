@@ -66,6 +66,27 @@ class Bypassed(SmallNet):  # as Swin's attention: the weight is used, the layer 
         x = torch.nn.functional.linear(x.flatten(1), self.hidden.weight, self.hidden.bias)
         return self.head(x) + 0 * sum(p.sum() for p in self.body.parameters(recurse=False))
 
+class Idle(SmallNet):  # a frozen layer that never runs, one that trains only, and its own zeros for what does not run
+    def __init__(self):
+        super().__init__()
+        self.old = torch.nn.Linear(8, 10).requires_grad_(False)
+        self.extra = torch.nn.Linear(36, 3)
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if self.training and batch_idx % 2:
+            loss = loss + torch.nn.functional.cross_entropy(self.extra(batch[0].flatten(1)), batch[1])
+        return loss + 0 * sum(p.sum() for p in self.parameters())
+
+class Branches(SmallNet):  # of which one rank takes one alone
+    def __init__(self):
+        super().__init__()
+        self.side = torch.nn.Linear(8, 3)
+
+    def forward(self, x):
+        out = super().forward(x)
+        return out + self.side(out.new_ones(len(x), 8)) if self.global_rank == 1 else out
+
 class Late(SmallNet):  # the step of one rank needs what a hook sets up after calibration
     def on_train_start(self):
         self.shift = 0.0
@@ -80,6 +101,8 @@ for name, model, strategy, accumulated, settings in (
         dict(criterion="fisher", sequential=True, recalibrate_batchnorm=True, average_bits=3.0)),
     ("static", SmallNet(), static, 1, dict(criterion="fisher")),
     ("late", Late(), "ddp", 1, dict()),
+    ("idle", Idle(), "ddp", 1, dict()),
+    ("branches", Branches(), DDPStrategy(find_unused_parameters=True), 1, dict()),
 ):
     trainer = pl.Trainer(
         accelerator="cpu", strategy=strategy, devices=2, max_steps=4, accumulate_grad_batches=accumulated, max_epochs=2,
@@ -94,10 +117,11 @@ for name, model, strategy, accumulated, settings in (
     file = tmp_path / "run.py"
     file.write_text(script)
     subprocess.run([sys.executable, str(file), str(tmp_path)], check=True, timeout=200)
-    for case in ("output", "everything", "static", "late"):
+    assert bool(torch.load(tmp_path / "branches.0")["side.weight_quantizer.calibrated"])
+    for case in ("output", "everything", "static", "late", "idle", "branches"):
         first, second = (torch.load(tmp_path / f"{case}.{rank}") for rank in (0, 1))
         assert bool(first["stem.weight_quantizer.calibrated"])
-        assert bool(first["hidden.weight_quantizer.calibrated"]) == (case in ("static", "late"))
+        assert bool(first["hidden.weight_quantizer.calibrated"]) == (case not in ("output", "everything"))
         assert float(first["head.input_quantizer.relative_step"]) != 1
         for name, value in first.items():
             assert torch.equal(value, second[name]) or "running" in name, (case, name)

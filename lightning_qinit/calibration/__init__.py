@@ -1,7 +1,6 @@
 """Calibration: batches become one mergeable sketch per tensor, and sketches become steps."""
 
 from lightning_qinit.calibration.batchnorm import trained_norms as trained_norms
-from lightning_qinit.calibration.initialize import check_weights as check_weights
 from lightning_qinit.calibration.initialize import settle as settle
 from lightning_qinit.calibration.mode import calibration_mode as calibration_mode
 from lightning_qinit.calibration.mode import untrained as untrained

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import PurePath
 from typing import Any
 
@@ -37,7 +38,7 @@ def dry_run(trainer: Trainer, module: LightningModule) -> Iterator[list[Tensor]]
         for child in module.modules():
             if isinstance(child, LightningModule):  # one inside another may optimize by hand as well
                 stack.enter_context(_idle(child, losses))
-        for scheduler in {*held_schedulers(module), *schedulers(trainer)}:
+        for scheduler in (*held_schedulers(module), *schedulers(trainer)):
             stack.enter_context(_replaced(scheduler, {"step": _nothing}))
         if callable(step := getattr(module, "calibration_step", None)):
             stack.enter_context(_replaced(module, {"training_step": step}))
@@ -49,31 +50,61 @@ def dry_run(trainer: Trainer, module: LightningModule) -> Iterator[list[Tensor]]
 @contextmanager
 def _silent(trainer: Trainer) -> Iterator[None]:
     """Nothing is logged, and a step that asks to stop, or sets a learning rate, does not do so to the run."""
-    loggers, should_stop = trainer.loggers, trainer.should_stop
+    loggers, should_stop, stage = trainer.loggers, trainer.should_stop, trainer.state.stage
+    trainer.training = True  # also where a sanity check comes first
     groups = [(group, dict(group)) for optimizer in trainer.optimizers for group in optimizer.param_groups]
     trainer.loggers = [_mute(logger) for logger in loggers]
     try:
         yield
     finally:
-        trainer.loggers, trainer.should_stop = loggers, should_stop
+        trainer.loggers, trainer.should_stop, trainer.state.stage = loggers, should_stop, stage
         for group, settings in groups:
             group.update(settings)
 
 
-NOWHERE = DummyLogger().experiment
-PLAIN = str, int, float, PurePath, dict, list, tuple, type(None)
+PLAIN = str, bytes, int, float, PurePath, dict, list, tuple, set, frozenset, type(None)
+
+
+class _Nowhere:
+    """What takes any call, and has any attribute and no members."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __getitem__(self, index: Any) -> Any:
+        return self
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+
+NOWHERE = _Nowhere()
 
 
 class _Mute:
-    """What makes a logger keep to itself: it tells where its logs are; methods do nothing, and handles lead nowhere."""
+    """What makes a logger keep to itself: it tells where its logs are; methods and handles lead nowhere."""
 
     experiment = NOWHERE
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
-        if name.startswith("_") or isinstance(value, PLAIN):
-            return value
-        return _nothing if callable(value) else NOWHERE
+        return value if name.startswith("_") or isinstance(value, PLAIN) else NOWHERE
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or not hasattr(super(), "__getattr__"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return NOWHERE  # a logger that forwards to its handle
+
+    def __reduce__(self) -> Any:
+        return DummyLogger, ()  # in the processes of workers
 
 
 def _mute(logger: Logger) -> Logger:
@@ -90,10 +121,10 @@ def _idle(module: LightningModule, losses: list[Tensor]) -> AbstractContextManag
     idle: dict[str, Any] = dict.fromkeys(
         ("log", "log_dict", "toggle_optimizer", "untoggle_optimizer", "clip_gradients"), _nothing
     )
-    idle["manual_backward"] = lambda loss, *args, **kwargs: losses.append(loss)
-    optimizers, lr_schedulers = module.optimizers, module.lr_schedulers
-    idle["optimizers"] = lambda *args, **kwargs: _each(optimizers(*args, **kwargs), _Idle)
-    idle["lr_schedulers"] = lambda: _each(lr_schedulers(), _Idle)
+    # partial, as no lambda: workers may be started with a copy of the module, by pickle
+    idle["manual_backward"] = partial(_add, losses)
+    for name in ("optimizers", "lr_schedulers"):
+        idle[name] = partial(_each, getattr(module, name))
     return _replaced(module, idle)
 
 
@@ -113,10 +144,15 @@ def _replaced(thing: Any, methods: dict[str, Any]) -> Iterator[None]:
         vars(thing).update(before)
 
 
-def _each(one_or_many: Any, function: Callable[[Any], Any]) -> Any:
+def _add(losses: list[Any], loss: Any, *args: Any, **kwargs: Any) -> None:
+    losses.append(loss)
+
+
+def _each(get: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    one_or_many = get(*args, **kwargs)
     if isinstance(one_or_many, list):
-        return [function(item) for item in one_or_many]
-    return None if one_or_many is None else function(one_or_many)
+        return [_Idle(item) for item in one_or_many]
+    return None if one_or_many is None else _Idle(one_or_many)
 
 
 class _Idle:

@@ -1,6 +1,5 @@
 """Watching what flows into the quantizers while a module runs."""
 
-import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,6 +43,7 @@ class Observation:
         self.moments: dict[str, Tensor] = {}
         self._first_batch = True
         self._open = True
+        self._used: dict[str, Tensor] = {}  # weights of this batch: FSDP2 puts others in their place once they are used
         self._seen: list[tuple[str, Tensor]] = []  # inputs of this batch that wait for their gradient
         self._counters: dict[torch.device, Counter] = {}
         self._tallies = WeakTensorKeyDictionary()  # version and tally of this batch's inputs that still exist
@@ -52,12 +52,12 @@ class Observation:
         """Tell that a batch is complete: the order of layers is that of the first."""
         self._first_batch = self._first_batch and not self.first_run
         self._seen.clear()
+        self._used.clear()
         self._tallies.clear()
 
-    def differentiate(self, layers: Mapping[str, QuantizedLayer], losses: Sequence[Tensor]) -> None:
+    def differentiate(self, losses: Sequence[Tensor]) -> None:
         """Add the squared gradients of a batch's loss (the empirical Fisher information, taken batch by batch)."""
-        weights = [(f"{name}.{what}", w) for name, layer in layers.items() for what, w in layer.weights().items()]
-        weights = [(name, w) for name, w in weights if w.requires_grad]
+        weights = [(name, w) for name, w in self._used.items() if w.requires_grad]
         total = torch.stack([loss.sum() for loss in losses]).sum()
         tensors = [tensor for _, tensor in weights + self._seen]
         self._open = False  # activation checkpointing runs layers once more
@@ -153,6 +153,8 @@ def _runs(observation: Observation, name: str) -> Any:
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(layer, QuantizedLayer)
         observation._ran(name)
+        if observation.criterion == "fisher" and observation._open:
+            observation._used.update({f"{name}.{what}": weight for what, weight in layer.weights().items()})
         if observation.criterion == "hessian" and layer.linear and "weight" in layer.weights():
             observation.add_weight_importance(f"{name}.weight", _squares_met(layer, args, kwargs))
         if observation.criterion == "output" and layer.inputs and layer.weights():
@@ -182,8 +184,8 @@ def _squares_met(layer: QuantizedLayer, args: tuple[Any, ...], kwargs: dict[str,
 
     (name,) = layer.weight_names(layer)
     zero = torch.zeros_like(getattr(layer, name), dtype=torch.float32, requires_grad=True)
-    twin = copy.copy(layer)  # shares everything but what is set here
-    twin.__class__ = layer.float_class  # type: ignore[assignment]
+    twin: Any = object.__new__(layer.float_class)  # shares everything but what is set here
+    vars(twin).update(vars(layer))
     vars(twin).pop(name, None)  # where pruning keeps the masked one
     vars(twin)["_parameters"] = {**dict.fromkeys(layer._parameters), name: zero}
     if hasattr(twin, "scale_grad_by_freq"):

@@ -69,7 +69,7 @@ class Passes:
                 losses = self.step(batch, batches - 1)
                 if criterion == "fisher" and any(loss.requires_grad for loss in losses):
                     with_loss += 1  # a step may skip a batch
-                    observation.differentiate(layers, losses)
+                    observation.differentiate(losses)
                 observation.end_batch()
         if criterion == "fisher" and batches and not with_loss:
             raise ValueError(f"`criterion` = 'fisher' needs a loss with gradients; `{self.step_name}` returned none.")

@@ -59,7 +59,7 @@ def _keep(value: Any, seen: set[int]) -> Restore:
 
 
 def _keep_module(module: nn.Module, seen: set[int]) -> Restore:
-    attributes, training = dict(vars(module)), module.training
+    attributes, training = dict(vars(module)), getattr(module, "training", None)  # frozen TorchScript has none
     tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
     inner = [_keep(value, seen) for value in (*attributes.values(), *tensors)]
 
@@ -68,8 +68,8 @@ def _keep_module(module: nn.Module, seen: set[int]) -> Restore:
         for name in [name for name in now if name not in attributes]:
             del now[name]
         now.update(attributes)
-        if module.training is not training:  # TorchScript keeps it elsewhere
-            module.training = training
+        if getattr(module, "training", None) is not training:  # TorchScript keeps it elsewhere
+            module.training = bool(training)
         for restore_value in inner:
             restore_value()
 

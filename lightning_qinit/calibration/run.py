@@ -119,13 +119,15 @@ def _step_name(module: LightningModule) -> str:
 
 
 def _over_ranks(trainer: Trainer, layers: Mapping[str, QuantizedLayer], observation: Observation) -> Observation:
-    """Add the data of all ranks; the order of layers is that of rank zero."""
+    """Add the data of all ranks; the order of layers is that of rank zero, then of those that ran elsewhere."""
     if trainer.world_size == 1:
         return observation
     strategy = trainer.strategy
     _agree(trainer, _step_name(trainer.lightning_module))
-    order = strategy.broadcast((observation.first_run, observation.last_run))
-    observation.first_run, observation.last_run = order
+    ranks, own = range(trainer.world_size), (observation.first_run, observation.last_run)
+    orders = [strategy.broadcast(own, src=rank) for rank in ranks]  # a layer may run on some ranks only
+    observation.first_run = list(dict.fromkeys(name for first, _ in orders for name in first))
+    observation.last_run = next((last for _, last in orders if last is not None), None)
     for name, layer in layers.items():  # a rank that did not run a layer still takes part in its sum
         for what, quantizer in layer.input_quantizers().items():
             device = float64_device(quantizer.initial_step)

@@ -19,7 +19,7 @@ from lightning_qinit.export.operators import translations
 
 def check_path(path: str | Path | None) -> Path | None:
     """The path, or ``ValueError`` if its ending stands for no format."""
-    if path is not None and Path(path).suffix not in (".onnx", ".safetensors"):
+    if path is not None and Path(str(path)).suffix not in (".onnx", ".safetensors"):
         raise ValueError(f"`export` must be a path that ends in '.onnx' or '.safetensors', got {str(path)!r}.")
     return None if path is None else Path(path)
 

@@ -68,7 +68,7 @@ def optimal_scale(
 
     Raises:
         ValueError: if ``x`` or ``weights`` hold NaN or infinite values, ``weights`` negative ones, or ``levels``
-            is not a level set.
+            is not a level set, or ``channel_axis`` no axis.
 
     Example:
         >>> from lightning_qinit.functional import optimal_scale
@@ -107,6 +107,8 @@ def to_rows(x: Tensor, channel_axis: int | None) -> Tensor:
     x = x.detach().to(torch.float64)
     if channel_axis is None:
         return x.reshape(1, -1)
+    if not -x.dim() <= channel_axis < x.dim():
+        raise ValueError(f"`channel_axis` must be one of the {x.dim()} axes of `x`, got {channel_axis!r}.")
     channels = x.shape[channel_axis]
     return x.movedim(channel_axis, 0).reshape(channels, x.numel() // max(1, channels)).contiguous()
 

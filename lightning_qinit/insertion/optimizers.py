@@ -15,6 +15,7 @@ from lightning_qinit.quantizers import Quantizer
 
 # Learning rates in a parameter group, and what the schedulers of torch keep per group.
 RATES = ("lr", "initial_lr", "max_lr", "min_lr", "base_lrs", "max_lrs", "min_lrs", "_last_lr")
+SEPARATED = "separated_steps"  # marks the groups made here, also in checkpoints
 PER_GROUP = (*RATES, "lr_lambdas", "base_momentums", "max_momentums")
 
 
@@ -109,8 +110,9 @@ def separate_steps(
             if "name" in settings:  # LearningRateMonitor takes no two of one name
                 settings["name"] = f"{group['name']}_steps"
             count, source = len(groups), _place(group, groups)
-            # beside those that there are: a group that was added since is to stay the last, by which callbacks know it
-            place = 1 + max((i for i, other in enumerate(groups) if _is_apart(other, steps)), default=count - 1)
+            # a group that was added since is to stay the last, by which callbacks know it, and no earlier one may move
+            place = source if any(SEPARATED in other for other in groups[:source]) else count
+            settings[SEPARATED] = True
             optimizer.add_param_group(settings)
             groups.insert(place, groups.pop())
             made.append((groups[place], group))

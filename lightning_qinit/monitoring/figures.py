@@ -23,7 +23,7 @@ MOST_LEVELS = 64  # more lines than that are a grey area
 
 def enough(sample: Sample, chosen: Initial) -> tuple[Sample, Initial]:
     """Some of the groups and, of unweighted data, some of the values: enough to draw."""
-    groups = channels(len(sample.values)).to(sample.values.device)
+    groups = channels(len(sample.values))  # on the CPU, as an index of either: steps may lie elsewhere than values
     stride = max(1, len(groups) * sample.values.shape[1] // MOST_VALUES)
     weighted = bool((sample.weights != sample.weights[:, :1]).any())  # the keys of a sketch
     kept = slice(None) if weighted else slice(None, None, stride)
@@ -40,8 +40,8 @@ def draw(name: str, sample: Sample, chosen: Initial, levels: Tensor) -> "Figure"
     Args:
         name: the logged name.
         sample: the data, in groups.
-        levels: the level set at step 1.
         chosen: step (and offset) of each group.
+        levels: the level set at step 1.
 
     Raises:
         ModuleNotFoundError: without Matplotlib.

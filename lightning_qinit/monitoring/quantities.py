@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from typing import Literal
 
+from lightning_qinit.checks import check
+
 Quantity = Literal[
     "step",
     "offset",
@@ -47,6 +49,7 @@ def choose_quantities(asked: bool | Iterable[str]) -> tuple[Quantity, ...]:
     """
     if isinstance(asked, bool):
         return DEFAULT if asked else ()
+    check("log_quantizers", asked, isinstance(asked, Iterable), f"True, False or a list of {list(PREFIXES)}")
     chosen = (asked,) if isinstance(asked, str) else tuple(asked)
     unknown = [name for name in chosen if name not in PREFIXES]
     if unknown:

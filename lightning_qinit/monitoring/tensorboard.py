@@ -29,7 +29,7 @@ def add_layout(writers: Sequence[Any], monitor: Monitor) -> None:
     for role in ("weights", "inputs"):
         held = [name for name, q in monitor.quantizers.items() if (q.batch_axis is None) == (role == "weights")]
         if ends := "|".join(sorted({name.rpartition(".")[2] for name in held})):
-            layout[role] = {prefix: ["Multiline", [rf"{prefix}/.*\.({ends})"]] for prefix in shown}
+            layout[role] = {prefix: ["Multiline", [rf"{prefix}/.*\.({ends})$"]] for prefix in shown}
     for writer in writers:
         writer.add_custom_scalars(layout)
 

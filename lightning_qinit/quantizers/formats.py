@@ -15,9 +15,10 @@ def is_last(x: Tensor) -> bool:
 
     Of images with gaps between their values it tells how a result of theirs would lie.
     """
-    if x.dim() != 4 or x.is_contiguous():
-        return x.dim() == 4 and x.is_contiguous(memory_format=LAST)
-    return torch.empty_like(x, device="meta").is_contiguous(memory_format=LAST)
+    if x.dim() != 4:
+        return False
+    like = x if x.is_contiguous() or x.is_contiguous(memory_format=LAST) else torch.empty_like(x, device="meta")
+    return like.is_contiguous(memory_format=LAST)
 
 
 def laid_out(x: Tensor, to: torch.memory_format, kernels: Kernels, scratch: Scratch | None = None) -> Tensor:

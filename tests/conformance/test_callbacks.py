@@ -213,6 +213,28 @@ def test_the_backbone_gets_the_rates_that_its_callback_sets(make_trainer) -> Non
     assert found[0] == found[1] and len({of_backbone for of_backbone, _ in rates}) == 5
 
 
+def test_layers_that_are_unfrozen_one_after_the_other_keep_their_rates(make_trainer) -> None:
+    class Unfreeze(BaseFinetuning):
+        def freeze_before_training(self, pl_module: pl.LightningModule) -> None:
+            self.freeze([pl_module.stem, pl_module.body])
+
+        def finetune_function(self, pl_module: SmallNet, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+            for layer, start, rate in ((pl_module.body, 1, 1e-3), (pl_module.stem, 2, 1e-5)):
+                if epoch == start:
+                    self.unfreeze_and_add_param_group(layer, optimizer, lr=rate)
+
+    class Filtered(SmallNet):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], 0.01)
+
+    model = Filtered()
+    trainer = make_trainer(Unfreeze(), quiet(), max_epochs=4)
+    trainer.fit(model, loader())
+    rate_of = {id(p): group["lr"] for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    for layer, rate in ((model.head, 0.01), (model.body, 1e-3), (model.stem, 1e-5)):
+        assert rate_of[id(layer.weight)] == rate_of[id(layer.weight_quantizer.relative_step)] == rate
+
+
 def test_early_stopping_and_checkpoints_on_a_quantization_metric(make_trainer, tmp_path) -> None:
     stop = EarlyStopping("quant_error/mean", patience=0, mode="min", check_on_train_epoch_end=True, min_delta=10.0)
     keep = ModelCheckpoint(tmp_path, monitor="quant_error/max", filename="{epoch}")

@@ -131,6 +131,20 @@ def test_a_state_without_some_quantizers_is_announced(make_trainer, tmp_path) ->
     assert any(missing in str(warning.message) for warning in warned)
 
 
+def test_a_module_that_renames_its_state_is_not_said_to_lack_any(make_trainer, tmp_path) -> None:
+    class Renames(SmallNet):
+        def on_save_checkpoint(self, checkpoint: dict) -> None:
+            checkpoint["state_dict"] = {f"my.{key}": value for key, value in checkpoint["state_dict"].items()}
+
+        def on_load_checkpoint(self, checkpoint: dict) -> None:
+            checkpoint["state_dict"] = {k.removeprefix("my."): v for k, v in checkpoint["state_dict"].items()}
+
+    path = tmp_path / "renamed.ckpt"
+    model, fresh = trained(make_trainer, path, Renames()), Renames()
+    make_trainer(quiet()).test(fresh, loader(shuffle=False), ckpt_path=path, verbose=False)
+    assert same_outputs(fresh, model) and same_outputs(load_from_checkpoint(Renames, path), model)
+
+
 def test_the_best_checkpoint_may_be_anywhere(make_trainer, tmp_path) -> None:
     keep, path = ModelCheckpoint("memory://checkpoints"), tmp_path / "model.safetensors"
     model = SmallNet()

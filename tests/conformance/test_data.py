@@ -1,5 +1,6 @@
 """Every way to give a Trainer data, and to limit it: training sees the batches that it would see without us."""
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -144,6 +145,25 @@ class Augmented(pl.LightningDataModule):
         return [batch[0] + torch.rand(1, generator=self.generator), batch[1]]
 
 
+class Lines(IterableDataset):
+    """Reads a file that the processes which share it read on."""
+
+    def __init__(self) -> None:
+        reading, writing = os.pipe()
+        os.write(writing, bytes(range(32)))
+        os.close(writing)
+        self.file = reading
+
+    def __iter__(self) -> "Lines":
+        return self
+
+    def __next__(self) -> list[Tensor]:
+        read = os.read(self.file, 1)
+        if not read:
+            raise StopIteration
+        return small_data()[read[0]]
+
+
 class OfWorkers(IterableDataset):
     """Which cannot be read but in a worker."""
 
@@ -171,6 +191,7 @@ SOURCES: dict[str, Callable[[], Any]] = {
     "generator of a loader": lambda: Drawn(list(loader(shuffle=False))),
     "loader that counts": Epochs,
     "datamodule with a generator": Augmented,
+    "a file that workers share": lambda: DataLoader(Lines(), 8, num_workers=1),
     "in workers alone": lambda: DataLoader(OfWorkers(), 8, num_workers=2),
     "combined": lambda: CombinedLoader({"a": loader(), "b": loader(16)}, "min_size"),
 }

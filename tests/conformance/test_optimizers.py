@@ -101,6 +101,45 @@ def test_names_of_groups_and_of_parameters_stay_apart(make_trainer, tmp_path) ->
             assert group["param_names"] == [name_of[id(p)] for p in group["params"]]
 
 
+def test_a_scheduler_that_counts_groups_finds_those_it_was_built_for(make_trainer) -> None:
+    class Halves:
+        """None of torch's, as timm's: sets the groups that there were, by their numbers."""
+
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer, self.rates = optimizer, [group["lr"] for group in optimizer.param_groups]
+
+        def step(self) -> None:
+            self.rates = [rate / 2 for rate in self.rates]
+            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=False):
+                group["lr"] = rate
+
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            pass
+
+    class Apart(SmallNet):
+        def configure_optimizers(self) -> Any:
+            parts: tuple[list, list] = ([], [])
+            for name, parameter in self.named_parameters():
+                parts["weight_quantizer" not in name].append(parameter)
+            groups = [{"params": parts[0], "lr": 1.0}, {"params": parts[1], "lr": 2.0}]
+            optimizer = torch.optim.AdamW(groups)
+            return [optimizer], [{"scheduler": Halves(optimizer), "interval": "step"}]
+
+        def lr_scheduler_step(self, scheduler: Halves, metric: Any) -> None:
+            scheduler.step()
+
+    model = Apart()
+    trainer = make_trainer(quiet(), max_steps=2)
+    trainer.fit(model, loader())
+    rate_of = {id(p): group["lr"] for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    of_weight, of_input = (q.relative_step for q in (model.stem.weight_quantizer, model.stem.input_quantizer))
+    assert [rate_of[id(p)] for p in (of_weight, model.stem.weight)] == [0.25, 0.5]
+    assert rate_of[id(of_input)] == 1.0  # follows when the next batch begins
+
+
 def test_learning_rate_of_steps(make_trainer) -> None:
     def run(scale: float) -> tuple[dict[str, Tensor], pl.LightningModule]:
         torch.manual_seed(0)

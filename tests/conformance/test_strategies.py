@@ -106,6 +106,16 @@ again.fit(fresh, loader(batch_size=8, shuffle=False), ckpt_path=folder + "/two.c
 assert again.callbacks[0].report == []
 for name, quantizer in named_quantizers(quantized_layers(fresh)).items():
     assert quantizer.is_calibrated and torch.equal(quantizer.step.detach(), steps[name][2]), name
+starts = []
+for criterion in ("fisher", "hessian"):
+    for kind, how in ((SmallNet, "ddp"), (Sharded, strategy())):
+        torch.manual_seed(0)
+        callback = QuantInitCallback(criterion=criterion, calibration_batches=8, print_report=False)
+        part = kind()
+        trainer(how, callbacks=[callback], max_epochs=1).fit(part, loader(batch_size=8, shuffle=False))
+        starts.append({name: q.initial_step for name, q in named_quantizers(quantized_layers(part)).items()})
+    for name, step in starts[-2].items():
+        assert torch.allclose(step, starts[-1][name], rtol=1e-5), (criterion, name)
 try:
     callback = QuantInitCallback(damp_oscillation=1.0, print_report=False)
     trainer(strategy(), callbacks=[callback]).fit(Sharded(), loader())
