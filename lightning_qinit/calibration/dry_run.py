@@ -3,17 +3,15 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
-from pathlib import PurePath
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 
 from lightning_qinit._trainer import isolate_rng, schedulers
 from lightning_qinit.calibration.mode import calibration_mode
+from lightning_qinit.calibration.mute import mute
 from lightning_qinit.calibration.restore import restored
 from lightning_qinit.insertion import held_schedulers
 
@@ -53,66 +51,13 @@ def _silent(trainer: Trainer) -> Iterator[None]:
     loggers, should_stop, stage = trainer.loggers, trainer.should_stop, trainer.state.stage
     trainer.training = True  # also where a sanity check comes first
     groups = [(group, dict(group)) for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    trainer.loggers = [_mute(logger) for logger in loggers]
+    trainer.loggers = [mute(logger) for logger in loggers]
     try:
         yield
     finally:
         trainer.loggers, trainer.should_stop, trainer.state.stage = loggers, should_stop, stage
         for group, settings in groups:
             group.update(settings)
-
-
-PLAIN = str, bytes, int, float, PurePath, dict, list, tuple, set, frozenset, type(None)
-
-
-class _Nowhere:
-    """What takes any call, and has any attribute and no members."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self
-
-    def __getitem__(self, index: Any) -> Any:
-        return self
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        pass
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(())
-
-
-NOWHERE = _Nowhere()
-
-
-class _Mute:
-    """What makes a logger keep to itself: it tells where its logs are; methods and handles lead nowhere."""
-
-    experiment = NOWHERE
-
-    def __getattribute__(self, name: str) -> Any:
-        value = super().__getattribute__(name)
-        return value if name.startswith("_") or isinstance(value, PLAIN) else NOWHERE
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or not hasattr(super(), "__getattr__"):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return NOWHERE  # a logger that forwards to its handle
-
-    def __reduce__(self) -> Any:
-        return DummyLogger, ()  # in the processes of workers
-
-
-def _mute(logger: Logger) -> Logger:
-    """The same logger, of a class that is its own but mute."""
-    kind: Any = type(logger)
-    mute: Logger = object.__new__(type(kind)(kind.__name__, (_Mute, kind), {}))
-    vars(mute).update(vars(logger))
-    return mute
 
 
 def _idle(module: LightningModule, losses: list[Tensor]) -> AbstractContextManager[None]:

@@ -1,6 +1,6 @@
 """Every step ends in an optimizer exactly once, without weight decay and at its own learning rate."""
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import compress
 from typing import Any, NamedTuple
@@ -15,8 +15,8 @@ from lightning_qinit.quantizers import Quantizer
 
 # Learning rates in a parameter group, and what the schedulers of torch keep per group.
 RATES = ("lr", "initial_lr", "max_lr", "min_lr", "base_lrs", "max_lrs", "min_lrs", "_last_lr")
-SEPARATED = "separated_steps"  # marks the groups made here, also in checkpoints
 PER_GROUP = (*RATES, "lr_lambdas", "base_momentums", "max_momentums")
+SEPARATED = "separated_steps"  # marks the groups that are made here, also in checkpoints
 
 
 def adopt_steps(layers: Mapping[str, QuantizedLayer], optimizers: Iterable[Optimizer]) -> list[str]:
@@ -96,7 +96,8 @@ def separate_steps(
         groups, made = optimizer.param_groups, []
         for group in list(groups):
             is_step = [id(p) in steps for p in group["params"]]
-            if not any(is_step) or _is_apart(group, steps) or (not group.get("weight_decay") and lr_scale == 1):
+            apart = all(is_step)  # a group of the user's own, or from an earlier fit
+            if not any(is_step) or apart or (not group.get("weight_decay") and lr_scale == 1):
                 continue
             if isinstance(optimizer, LBFGS):
                 raise ValueError("`step_lr_scale` must be 1 with L-BFGS, which has one parameter group only.")
@@ -123,11 +124,6 @@ def separate_steps(
         if foreign:
             followers += [Follower(optimizer, _place(new, groups), _place(of, groups), lr_scale) for new, of in made]
     return followers
-
-
-def _is_apart(group: dict[str, Any], steps: Container[int]) -> bool:
-    """Whether a group holds steps alone: one of the user's own, or from an earlier fit."""
-    return bool(group["params"]) and all(id(p) in steps for p in group["params"])
 
 
 def _place(group: dict[str, Any], groups: Sequence[dict[str, Any]]) -> int:

@@ -38,7 +38,7 @@ class KeptWeight:
         if not self.on or not isinstance(x, nn.Parameter) or torch.compiler.is_compiling():
             return how
         held = *quantizer._parameters.values(), *quantizer._buffers.values()
-        tensors = x, *(t for t in held if t is not None and t.is_floating_point())  # levels are forgotten for
+        tensors = x, *(t for t in held if t is not None and t.is_floating_point())  # of other levels it is told
         if any(tensor.is_inference() for tensor in tensors):  # which count no changes
             return how
         seen = *(t._version for t in tensors), x.data_ptr(), *map(_probe, tensors)

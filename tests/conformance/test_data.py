@@ -11,7 +11,7 @@ import torch
 from conftest import SmallNet, loader, quiet, small_data
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, Subset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, Subset, default_collate
 
 from lightning_qinit.insertion import named_quantizers, quantized_layers
 
@@ -218,6 +218,24 @@ def test_batches_are_those_of_a_run_without_the_callback(make_trainer, name: str
     assert len(callback.report) == 8
     assert len(plain.seen) == len(quantized.seen) > 0
     assert all(torch.equal(a, b) for a, b in zip(plain.seen, quantized.seen, strict=True))
+
+
+class Collates(pl.LightningDataModule):
+    """Whose method goes to the workers, with the trainer that it holds."""
+
+    def collate(self, samples: list[Any]) -> Any:
+        return default_collate(samples)
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(small_data(8), 8, num_workers=1, collate_fn=self.collate, multiprocessing_context="spawn")
+
+
+@pytest.mark.filterwarnings("ignore:Consider setting `persistent_workers=True`")
+def test_workers_that_are_sent_the_trainer(make_trainer) -> None:
+    callback = quiet()
+    trainer = make_trainer(callback, max_epochs=1, gradient_clip_val=1.0)
+    trainer.fit(SmallNet(), datamodule=Collates())
+    assert trainer.global_step == 1 and len(callback.report) == 8
 
 
 LIMITS: dict[str, dict[str, Any]] = {
