@@ -50,11 +50,13 @@ def is_stream(trainer: Trainer) -> bool:
 
 
 def _is_one_shot(loader: Any) -> bool:
-    data = loader.dataset if isinstance(loader, DataLoader) else loader
-    if isinstance(loader, DataLoader) and not isinstance(data, IterableDataset):
-        return False
-    if isinstance(loader, DataLoader) and loader.num_workers > 0:
-        return isinstance(data, Iterator)  # not asked for one here, where there is no worker
+    data = loader
+    if isinstance(loader, DataLoader):
+        data = loader.dataset
+        if not isinstance(data, IterableDataset):
+            return False
+        if loader.num_workers > 0:
+            return isinstance(data, Iterator)  # not asked for one here, where there is no worker
     put_back = _keep(data)
     iterator = iter(data)
     one_shot = iterator is data or iterator is iter(data)

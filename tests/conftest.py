@@ -51,6 +51,18 @@ class SmallNet(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), self.learning_rate, momentum=0.9)
 
 
+class Tied(nn.Module):
+    """An embedding and a projection of one weight."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(10, width), nn.Linear(width, 10, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.table(ids))
+
+
 class Wide(SmallNet):
     """Channels of enough values everywhere, so that the optimum is the plain one."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SmallNet
+from conftest import SmallNet, Tied
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -46,18 +46,6 @@ class Recurrent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)[0]
-
-
-class Tied(nn.Module):
-    """An embedding and a projection of one weight, of which the first alone is quantized."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.out = nn.Embedding(10, 8), nn.Linear(8, 10, bias=False)
-        self.out.weight = self.embedding.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.embedding(x))
 
 
 SEQUENCE = torch.Size((4, 6, 8))

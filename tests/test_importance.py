@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SmallNet, Wide, loader, quiet
+from conftest import SmallNet, Tied, Wide, loader, quiet
 from torch import Tensor, nn
 
 from lightning_qinit import Sample, calibrate, prepare
@@ -151,17 +151,8 @@ def test_hessian_says_where_it_knows_none(make_trainer) -> None:
 
 
 def test_hessian_of_tied_weights_is_that_of_all_their_uses() -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table, self.head = nn.Embedding(10, 40), nn.Linear(40, 10, bias=False)
-            self.head.weight = self.table.weight
-
-        def forward(self, ids: Tensor) -> Tensor:
-            return self.head(self.table(ids))
-
     torch.manual_seed(0)
-    model, ids = Tied(), torch.randint(10, (30,))
+    model, ids = Tied(40), torch.randint(10, (30,))
     weight = model.table.weight.detach().clone()
     prepare(model, weight_bits=3, activation_bits=None, first_last_bits=None)
     calibrate(model, [ids], criterion="hessian")

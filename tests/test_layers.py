@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import Tied
 from torch import nn
 
 from lightning_qinit import Quantizer, calibrate, prepare
@@ -259,17 +260,7 @@ def test_attention_left_in_float_keeps_its_projection() -> None:
 
 
 def test_tied_weights_share_one_quantizer() -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table = nn.Embedding(10, 4)
-            self.head = nn.Linear(4, 10, bias=False)
-            self.head.weight = self.table.weight
-
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return self.head(self.table(ids))
-
-    model = prepare(Tied(), weight_bits=3)
+    model = prepare(Tied(4), weight_bits=3)
     assert model.head.weight_quantizer is model.table.weight_quantizer
     rows = calibrate(model, [torch.arange(10)])
     assert [(row.name, row.bits) for row in rows] == [("table.weight", 8), ("head.input", 8)]
@@ -277,7 +268,7 @@ def test_tied_weights_share_one_quantizer() -> None:
     used = levels_of(model.table.weight, model.table.weight_quantizer)
     x = levels_of(used, model.head.input_quantizer)
     assert torch.allclose(model(torch.arange(10)), F.linear(x, used), atol=1e-6)
-    late = Tied()
+    late = Tied(4)
     late.head.weight = nn.Parameter(torch.randn(10, 4))
     prepare(late, weight_bits=3)
     late.head.weight = late.table.weight  # tied once the layers are quantized
@@ -285,10 +276,10 @@ def test_tied_weights_share_one_quantizer() -> None:
     assert late.head.weight_quantizer is late.table.weight_quantizer
     twin = copy.deepcopy(model)
     assert twin.head.weight_quantizer is twin.table.weight_quantizer
-    prepare(Tied(), overrides={"head": {"activation_bits": 8}})  # concerns an input, which is not shared
-    prepare(Tied(), overrides={"head": {"quantizer": Quantizer.registry["lsq"]}})  # the same as "lsq"
+    prepare(Tied(4), overrides={"head": {"activation_bits": 8}})  # concerns an input, which is not shared
+    prepare(Tied(4), overrides={"head": {"quantizer": Quantizer.registry["lsq"]}})  # the same as "lsq"
     with pytest.raises(ValueError, match="layers 'table' and 'head' share a weight, so the settings of weights"):
-        prepare(Tied(), overrides={"head": {"weight_bits": 8}})
+        prepare(Tied(4), overrides={"head": {"weight_bits": 8}})
 
 
 def test_attention_on_other_tensors_than_in_calibration() -> None:

@@ -268,10 +268,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
         loss.backward()
         optimizer.step()
 
-    begin = time.perf_counter()
-    step()
-    first = time.perf_counter() - begin
-    (second,) = timed(step, 1)
+    first, second = timed(step, 2)
     count = max(arguments.steps, int(LEAST / second))
     seconds = timed_on_gpu(step, count) if cuda else timed(step, count)
     state = sum(p.nbytes for p in model.parameters()) * 2  # with the momentum

@@ -4,6 +4,11 @@ import torch
 from torch import Tensor
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is spread over ranks."""
+    return hasattr(tensor, "full_tensor")
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor; of one that is spread over ranks, gathered, so that all of them must call this."""
     gather = getattr(tensor, "full_tensor", None)
@@ -12,7 +17,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def spread_like(values: Tensor, target: Tensor) -> Tensor:
     """All values of a tensor, spread over ranks as another is."""
-    if not hasattr(target, "full_tensor"):
+    if not is_sharded(target):
         return values
     from torch.distributed.tensor import DTensor, distribute_tensor  # not in every build of torch
 

@@ -8,6 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_qinit.functional.fake_quantize import broadcast_channels
+from lightning_qinit.functional.sharded import is_sharded
 from lightning_qinit.insertion import QuantizedLayer, named_quantizers
 from lightning_qinit.monitoring.codes import codes_of
 from lightning_qinit.quantizers import Quantizer
@@ -132,7 +133,7 @@ def check_movable(layers: Mapping[str, QuantizedLayer]) -> None:
     """
     values = torch.tensor([1.0, 2.0, 4.0])
     for name, layer in layers.items():
-        if any(hasattr(p, "full_tensor") for p in _parameters(layer).values()):
+        if any(map(is_sharded, _parameters(layer).values())):
             raise MisconfigurationException(
                 "`damp_oscillation` and `freeze_oscillating` compare a weight with its steps value by value, but the "
                 f"strategy shards the weight of layer {name!r}: use one that does not."

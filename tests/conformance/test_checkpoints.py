@@ -27,6 +27,13 @@ KINDS = [
 ]
 
 
+class Restoring(SmallNet):
+    """With the one line that README asks for."""
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        lightning_qinit.restore(self, checkpoint)
+
+
 def trained(make_trainer, path: Path, model: pl.LightningModule | None = None, **settings) -> pl.LightningModule:
     model = model or SmallNet()
     trainer = make_trainer(quiet(**settings), max_steps=3)
@@ -52,10 +59,6 @@ def test_load_from_checkpoint_is_strict_and_gives_the_trained_module(make_traine
 
 
 def test_one_line_in_the_module_restores_too(make_trainer, tmp_path) -> None:
-    class Restoring(SmallNet):
-        def on_load_checkpoint(self, checkpoint: dict) -> None:
-            lightning_qinit.restore(self, checkpoint)
-
     path, float_path = tmp_path / "trained.ckpt", tmp_path / "float.ckpt"
     model = trained(make_trainer, path, Restoring(), weight_bits=2)
     assert same_outputs(Restoring.load_from_checkpoint(path), model)
@@ -97,10 +100,6 @@ def test_weights_alone_need_the_settings(make_trainer, tmp_path) -> None:
 
 
 def test_a_module_that_restores_is_tested_from_weights_alone(make_trainer, tmp_path) -> None:
-    class Restoring(SmallNet):
-        def on_load_checkpoint(self, checkpoint: dict) -> None:
-            lightning_qinit.restore(self, checkpoint)
-
     keep, path = ModelCheckpoint(tmp_path, save_weights_only=True), tmp_path / "model.safetensors"
     trainer = make_trainer(quiet(export=path), keep, enable_checkpointing=True, max_steps=3)
     trainer.fit(Restoring(), loader())
